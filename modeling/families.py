@@ -1,0 +1,209 @@
+"""What differs between families of vision-language models: one table, one row a family.
+
+It is the only place that knows where a native transformers class keeps its decoder layers, its
+vision encoder and its image tokens. It is not a model zoo: nothing is built, patched or downloaded.
+
+    from firsthand.modeling.families import decoder_layers, image_grid
+    decoder_layers(model)[0]; image_grid(model.config)
+
+A new family is one row in `FAMILIES` (and, for a new vision encoder or text model, one row in
+`VISION_TOWERS` or `STEERED_MODULES`); it counts as supported when `tests/modeling/test_families.py`
+passes with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one family of models keeps its parts.
+
+    Paths are dotted module names below `model.base_model` (the model without its head).
+
+    Attributes:
+        model_type: the `config.model_type` this row serves.
+        language_model: path of the text decoder.
+        layers: path of the list of decoder layers.
+        vision_tower: path of the vision encoder.
+        image_token: config field with the id of the image token.
+        merge: patches on each side of the square that one image token stands for.
+    """
+
+    model_type: str
+    language_model: str
+    layers: str
+    vision_tower: str
+    image_token: str
+    merge: Callable[[PreTrainedConfig], int]
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """A vision encoder: path of its layers, and tokens that stand before the patches (CLS)."""
+
+    layers: str
+    prefix_tokens: int
+
+
+def _one_patch(config: PreTrainedConfig) -> int:
+    return 1
+
+
+def _pixel_shuffle(config: PreTrainedConfig) -> int:
+    return round(1 / config.downsample_ratio)
+
+
+FAMILIES: dict[str, Family] = {
+    "llava": Family(
+        model_type="llava",
+        language_model="language_model",
+        layers="language_model.layers",
+        vision_tower="vision_tower",
+        image_token="image_token_id",
+        merge=_one_patch,
+    ),
+    "internvl": Family(
+        model_type="internvl",
+        language_model="language_model",
+        layers="language_model.layers",
+        vision_tower="vision_tower",
+        image_token="image_token_id",
+        merge=_pixel_shuffle,
+    ),
+}
+
+VISION_TOWERS: dict[str, VisionTower] = {
+    "clip_vision_model": VisionTower("encoder.layers", prefix_tokens=1),
+    "siglip_vision_model": VisionTower("encoder.layers", prefix_tokens=0),
+    "dinov2": VisionTower("encoder.layer", prefix_tokens=1),
+    "internvl_vision": VisionTower("encoder.layer", prefix_tokens=1),
+}
+
+STEERED_MODULES: dict[str, str] = {
+    "llama": "mlp",
+    "mistral": "mlp",
+    "qwen2": "mlp",
+    "qwen3": "mlp",
+}
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside any wrapper (PEFT, DistributedDataParallel, `torch.compile`).
+
+    Raises:
+        ValueError: when there is no transformers model inside.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(
+        f"{type(model).__name__} holds no transformers model. Pass a PreTrainedModel, or a wrapper "
+        "(PEFT, DistributedDataParallel) around one."
+    )
+
+
+def _config(model_or_config: nn.Module | PreTrainedConfig) -> PreTrainedConfig:
+    if isinstance(model_or_config, PreTrainedConfig):
+        return model_or_config
+    return unwrap(model_or_config).config
+
+
+def _row(table: dict, key: str, kind: str, table_name: str):
+    if key in table:
+        return table[key]
+    raise ValueError(
+        f"{kind} {key!r} is not supported; supported: {', '.join(sorted(table))}. To add it, put "
+        f"one row into {table_name} of modeling/families.py and run its tests."
+    )
+
+
+def family_of(model_or_config: nn.Module | PreTrainedConfig) -> Family:
+    """The table row of a model (wrapped or not) or of its config.
+
+    Raises:
+        ValueError: for a model type without a row; the message says how to add one.
+    """
+    return _row(FAMILIES, _config(model_or_config).model_type, "model type", "FAMILIES")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of the text decoder, first to last."""
+    layers = unwrap(model).base_model.get_submodule(family_of(model).layers)
+    return cast(nn.ModuleList, layers)
+
+
+def steered_modules(model: nn.Module) -> list[nn.Module]:
+    """One module a decoder layer: the one whose output ([B, T, D] or [N, D]) is steered."""
+    text = _config(model).text_config.model_type
+    name = _row(STEERED_MODULES, text, "text model", "STEERED_MODULES")
+    return [layer.get_submodule(name) for layer in decoder_layers(model)]
+
+
+def vision_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of the vision encoder, first to last (also those whose output is not used)."""
+    tower = unwrap(model).base_model.get_submodule(family_of(model).vision_tower)
+    return cast(nn.ModuleList, tower.get_submodule(_vision_row(_config(model)).layers))
+
+
+def vision_prefix_tokens(config: PreTrainedConfig) -> int:
+    """Tokens that the vision encoder puts before its patches (1 for a CLS token, else 0)."""
+    return _vision_row(config).prefix_tokens
+
+
+def image_token_id(config: PreTrainedConfig) -> int:
+    """The token id that stands at image positions of `input_ids`."""
+    return getattr(config, family_of(config).image_token)
+
+
+def image_mask(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """True at the image positions of `input_ids`: bool, [B, T] like the input."""
+    return input_ids == image_token_id(_config(model))
+
+
+def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
+    """Rows and columns of the vision encoder's patches for one image of the configured size."""
+    vision = config.vision_config
+    height, width = _pair(vision.image_size)
+    patch_height, patch_width = _pair(vision.patch_size)
+    return height // patch_height, width // patch_width
+
+
+def image_grid(config: PreTrainedConfig) -> tuple[int, int]:
+    """Rows and columns of the image tokens of one image; token i lies at (i // C, i % C).
+
+    Each token stands for `family.merge(config)` x `family.merge(config)` neighbouring patches.
+
+    Raises:
+        ValueError: when the image tokens do not lie on a grid (a CLS token is among them, or the
+            patches cannot be merged evenly).
+    """
+    family, vision = family_of(config), _vision_row(config)
+    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
+    if dropped != vision.prefix_tokens:
+        raise ValueError(
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} drops "
+            f"{dropped} of the encoder's outputs, but {config.vision_config.model_type!r} has "
+            f"{vision.prefix_tokens} before its patches, so the image tokens are no grid. "
+            f"Use {'default' if vision.prefix_tokens else 'full'!r}."
+        )
+    merge, grid = family.merge(config), patch_grid(config)
+    if grid[0] % merge or grid[1] % merge:
+        raise ValueError(
+            f"{grid[0]} x {grid[1]} patches cannot be merged by {merge} x {merge}. "
+            "Change image_size, patch_size or downsample_ratio."
+        )
+    return grid[0] // merge, grid[1] // merge
+
+
+def _vision_row(config: PreTrainedConfig) -> VisionTower:
+    return _row(VISION_TOWERS, config.vision_config.model_type, "vision encoder", "VISION_TOWERS")
+
+
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

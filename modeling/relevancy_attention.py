@@ -1,0 +1,264 @@
+"""Attention that propagates one row of relevancy while gradients flow back through it.
+
+It is the engine of `relevancy.py` and an attention function for transformers' `AttentionInterface`;
+not a hook on attention maps: the streaming backend keeps no map at all.
+
+The rule for self-attention is that of Chefer et al. (arXiv 2103.15679, section 3.1): with the map
+A of a layer and the gradient dy/dA of the explained logit y, A_bar = mean over heads of
+clamp(A * dy/dA, min=0), and R = (I + A_bar_L) ... (I + A_bar_1). Only one row e_t R is wanted, so
+the row is carried through backward, which meets the layers in the needed order: r += r A_bar.
+
+    with recording(model, Recorder(...)):
+        logits = model(**inputs).logits
+        recorder.begin(position, length); torch.autograd.grad(logits[0, position, token], pixels)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from .families import decoder_layers, vision_layers
+
+Backend = Literal["streaming", "eager"]
+NAME = "firsthand_relevancy"
+REFUSED = ("softcap", "s_aux", "position_bias")
+CHUNK_ELEMENTS = 2**22  # of one recomputed piece of attention maps, 16 MB in float32
+
+
+class Recorder:
+    """The relevancy rows of one explained token, moved down layer by layer during its backward.
+
+    Args:
+        model: the model (not a wrapper), to know whose attention is called.
+        spread: turns the finished row over the sequence, [n], into the first row over the vision
+            encoder's tokens, [m]; None leaves the vision encoder out.
+        backend: "streaming" recomputes maps in backward, "eager" lets autograd keep them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spread: Callable[[torch.Tensor], torch.Tensor] | None,
+        backend: Backend,
+    ):
+        towers = {"text": decoder_layers(model), "vision": vision_layers(model)}
+        self.tower_of = {m: tower for tower, layers in towers.items() for m in layers.modules()}
+        self.spread, self.backend = spread, backend
+        self.rows: dict[str, torch.Tensor] = {}
+
+    def begin(self, position: int, length: int) -> None:
+        """Start over: all relevancy lies at `position` of a sequence of `length`."""
+        self.rows = {"text": torch.zeros(length, dtype=torch.float32)}
+        self.rows["text"][position] = 1
+
+    def row(self, tower: str, device: torch.device) -> torch.Tensor:
+        """The present row of a tower, float32 [n]; the vision encoder's starts when first asked."""
+        if tower not in self.rows:
+            self.rows[tower] = self.spread(self.rows["text"])
+        return self.rows[tower].to(device)
+
+    def add(self, tower: str, change: torch.Tensor) -> None:
+        """r += r A_bar, with the product `change` [n] computed by the caller."""
+        self.rows[tower] = self.row(tower, change.device) + change
+
+    def follows(self, tower: str) -> bool:
+        """Whether rows are propagated through this tower."""
+        return tower == "text" or self.spread is not None
+
+
+_ACTIVE: ContextVar[Recorder | None] = ContextVar("firsthand_recorder", default=None)
+
+
+@contextmanager
+def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
+    """Run `model` on this attention; its attention implementation is restored afterwards."""
+    AttentionInterface.register(NAME, relevancy_attention)
+    AttentionMaskInterface.register(NAME, eager_mask)  # without it, attention would not be causal
+    before = implementations(model.config)
+    token = _ACTIVE.set(recorder)
+    try:
+        model.set_attn_implementation(NAME)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        _ACTIVE.reset(token)
+
+
+def implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    """Attention implementations of a config and its parts, as `set_attn_implementation` takes."""
+    parts = {name: getattr(config, name) for name in config.sub_configs}
+    inner = {name: implementations(part) for name, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **inner}
+
+
+def relevancy_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention for transformers: query [B, H, n, d], key and value [B, K, m, d], H % K == 0.
+
+    Without gradients, or outside `recording`, it is plain scaled dot-product attention.
+
+    Raises:
+        ValueError: for attention that the rule does not cover (soft caps, sinks, position biases,
+            cross-attention, several images), rather than an inexact map.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    recorder = _ACTIVE.get()
+    if recorder is None or not (torch.is_grad_enabled() and query.requires_grad):
+        output = _plain(query, key, value, attention_mask, scale)
+    else:
+        tower = _tower(recorder, module, query, key, attention_mask, kwargs)
+        if recorder.backend == "streaming":
+            output = _Streaming.apply(query, key, value, attention_mask, scale, recorder, tower)
+        else:
+            output = _eager(query, key, value, attention_mask, scale, recorder, tower)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _tower(
+    recorder: Recorder,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> str:
+    name = type(module).__name__
+    given = [option for option in REFUSED if kwargs.get(option) is not None]
+    if given:
+        raise ValueError(f"{name} uses {', '.join(given)}, which exact relevancy does not cover.")
+    if module not in recorder.tower_of:
+        raise ValueError(f"{name} lies outside the decoder and the vision encoder; cannot explain.")
+    tower = recorder.tower_of[module]
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{name} got queries {tuple(query.shape)} and keys {tuple(key.shape)}; relevancy needs "
+            "self-attention of one sequence and one image (no tiles, windows or cached keys)."
+        )
+    if tower == "text" and mask is None:
+        raise ValueError(f"{name} got no causal mask, so its relevancy would look ahead.")
+    return tower
+
+
+def _plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    scores = query @ key.transpose(-1, -2) * scale
+    return torch.softmax(scores if mask is None else scores + mask, dim=-1)
+
+
+def _eager(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    recorder: Recorder,
+    tower: str,
+) -> torch.Tensor:
+    """The same with autograd's own backward; the maps are kept."""
+    groups = query.shape[1] // key.shape[1]
+    precise = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = query.to(precise), *(x.repeat_interleave(groups, 1).to(precise) for x in (key, value))
+    weights = _weights(q, k, mask, scale)
+    kept = weights.detach()
+
+    def move_row(gradient: torch.Tensor) -> None:
+        relevancy = (kept * gradient).clamp(min=0).mean(1)[0].float()
+        recorder.add(tower, recorder.row(tower, relevancy.device) @ relevancy)
+
+    if recorder.follows(tower):
+        weights.register_hook(move_row)
+    return (weights @ v).to(query.dtype)
+
+
+class _Streaming(torch.autograd.Function):
+    """Fused attention forward; backward recomputes the maps a few heads at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        recorder: Recorder,
+        tower: str,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale, ctx.recorder, ctx.tower = scale, recorder, tower
+        return _plain(query, key, value, mask, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        heads, length = query.shape[1:3]
+        key_heads = key.shape[1]
+        split = (key_heads, heads // key_heads, length)
+        q, g = query.view(*split, -1), gradient.reshape(*split, -1)
+        k, v = key[0].unsqueeze(1), value[0].unsqueeze(1)
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        follow = ctx.recorder.follows(ctx.tower)
+        row = ctx.recorder.row(ctx.tower, q.device) if follow else None
+        change = torch.zeros(length, dtype=torch.float32, device=q.device)
+        step = max(1, CHUNK_ELEMENTS // (split[1] * length * length))
+        for part in (slice(start, start + step) for start in range(0, key_heads, step)):
+            pieces, product = _backward(q[part], k[part], v[part], g[part], mask, ctx.scale)
+            for whole, piece in zip(grads, pieces, strict=True):
+                whole[part] = piece
+            if row is not None:
+                relevancy = product.clamp_(min=0).sum((0, 1)).float()
+                change += row @ relevancy
+        if row is not None:
+            ctx.recorder.add(ctx.tower, change / heads)
+        shapes = (query, key, value)
+        found = (grad.view(x.shape) for grad, x in zip(grads, shapes, strict=True))
+        return *found, None, None, None, None
+
+
+def _backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Gradients of some heads' q, k, v, and A * dy/dA; q, g [c, G, n, d], k, v [c, 1, n, d]."""
+    precise = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, g = (x.to(precise) for x in (q, k, v, g))
+    weights = _weights(q, k, mask, scale)
+    product = weights * (g @ v.transpose(-1, -2))
+    scores = product - weights * product.sum(-1, keepdim=True)
+    grad_q = scores @ k * scale
+    grad_k = (scores.transpose(-1, -2) @ q).sum(1, keepdim=True) * scale
+    grad_v = (weights.transpose(-1, -2) @ g).sum(1, keepdim=True)
+    return (grad_q, grad_k, grad_v), product

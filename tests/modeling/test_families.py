@@ -1,0 +1,169 @@
+"""Every row of the families table against an oracle that does not use the table's knowledge."""
+
+import pytest
+import torch
+from tiny_models import (
+    PATCH_SIZE,
+    tiny_inputs,
+    tiny_internvl,
+    tiny_llava,
+    tiny_llava_config,
+    tiny_processor,
+)
+from torch import nn
+from transformers import AutoConfig, BertConfig, LlavaForConditionalGeneration
+
+from firsthand.modeling.families import (
+    FAMILIES,
+    STEERED_MODULES,
+    VISION_TOWERS,
+    decoder_layers,
+    family_of,
+    image_grid,
+    image_mask,
+    image_token_id,
+    patch_grid,
+    steered_modules,
+    unwrap,
+    vision_layers,
+    vision_prefix_tokens,
+)
+
+BUILDERS = {"llava": tiny_llava, "internvl": tiny_internvl}
+ATTENTION_OUTPUTS = ("out_proj", "projection_layer", "o_proj", "attention.output.dense")
+
+
+def _model(family: str, vision: str):
+    if family == "internvl":
+        return tiny_internvl()
+    config = tiny_llava_config()
+    if vision != "clip_vision_model":
+        config.vision_config = AutoConfig.for_model(
+            vision,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=56,
+            patch_size=14,
+        )
+        prefix = VISION_TOWERS[vision].prefix_tokens
+        config.vision_feature_select_strategy = "default" if prefix else "full"
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+PLACES = [
+    ("llava", "clip_vision_model"),
+    ("llava", "siglip_vision_model"),
+    ("llava", "dinov2"),
+    ("internvl", "internvl_vision"),
+]
+
+
+def test_every_row_is_tested():
+    assert {family for family, _ in PLACES} == set(FAMILIES) == set(BUILDERS)
+    assert {vision for _, vision in PLACES} == set(VISION_TOWERS)
+
+
+@pytest.mark.parametrize(("family", "vision"), PLACES)
+def test_a_patch_moves_the_token_that_the_grid_names(family, vision):
+    """With attention between patches cut, one changed patch changes exactly one image token."""
+    model = _model(family, vision)
+    for layer in vision_layers(model):
+        cut = [m for name, m in layer.named_modules() if name.endswith(ATTENTION_OUTPUTS)]
+        assert cut
+        for module in cut:
+            nn.init.zeros_(module.weight)
+    merge = family_of(model).merge(model.config)
+    rows, columns = image_grid(model.config)
+    assert (rows * merge, columns * merge) == patch_grid(model.config) == (4, 4)
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    before = _features(model, pixels)
+    assert len(before) == rows * columns
+    for row, column in [(0, 0), (1, 2), (3, 1)]:
+        changed = pixels.clone()
+        top, left = row * PATCH_SIZE, column * PATCH_SIZE
+        changed[..., top : top + PATCH_SIZE, left : left + PATCH_SIZE] += 1
+        moved = (_features(model, changed) - before).abs().amax(-1) > 1e-6
+        assert moved.nonzero().flatten().tolist() == [(row // merge) * columns + column // merge]
+
+
+@torch.no_grad()
+def _features(model, pixels):
+    return torch.cat(list(model.get_image_features(pixels).pooler_output)).reshape(
+        -1, model.config.text_config.hidden_size
+    )
+
+
+@pytest.mark.parametrize(("family", "vision"), PLACES)
+def test_prefix_tokens_are_what_the_encoder_adds(family, vision):
+    model = _model(family, vision)
+    with torch.no_grad():
+        hidden = model.model.vision_tower(torch.zeros(1, 3, 56, 56)).last_hidden_state
+    assert hidden.shape[1] - 16 == vision_prefix_tokens(model.config)
+
+
+@pytest.mark.parametrize("text", sorted(STEERED_MODULES))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_steered_modules_write_into_the_residual_stream(family, text):
+    """A shift of a steered module's output is a shift of its layer's output: no norm in between."""
+    model = BUILDERS[family](text=text)
+    inputs = tiny_inputs(tiny_processor(family))
+    shift = torch.linspace(-1, 1, 32)
+    plain = _layer_output(model, inputs)
+    handle = steered_modules(model)[0].register_forward_hook(lambda m, a, out: out + shift)
+    shifted = _layer_output(model, inputs)
+    handle.remove()
+    torch.testing.assert_close(shifted - plain, shift.expand_as(plain), atol=1e-5, rtol=0)
+    assert len(steered_modules(model)) == len(decoder_layers(model)) == 2
+
+
+@torch.no_grad()
+def _layer_output(model, inputs):
+    kept = []
+    handle = decoder_layers(model)[0].register_forward_hook(lambda m, a, out: kept.append(out))
+    model(**inputs)
+    handle.remove()
+    return kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_image_tokens(family):
+    model, processor = BUILDERS[family](), tiny_processor(family)
+    inputs = tiny_inputs(processor, ["What?", "Is there a dog in the image?"])
+    mask = image_mask(model, inputs["input_ids"])
+    rows, columns = image_grid(model.config)
+    assert mask.dtype == torch.bool and mask.shape == inputs["input_ids"].shape
+    assert mask.sum(1).tolist() == [rows * columns] * 2
+    assert image_token_id(model.config) == processor.image_token_id
+
+
+def test_works_through_wrappers():
+    peft = pytest.importorskip("peft")
+    model = tiny_llava()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert unwrap(wrapped) is model and unwrap(torch.compile(model)) is model
+    assert decoder_layers(wrapped) is decoder_layers(model)
+    assert family_of(wrapped).model_type == "llava"
+
+
+def test_an_unknown_family_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"'bert' is not supported.*row into FAMILIES"):
+        family_of(BertConfig())
+    with pytest.raises(ValueError, match="no transformers model"):
+        unwrap(nn.Linear(1, 1))
+
+
+def test_image_tokens_with_a_class_token_are_no_grid():
+    config = tiny_llava_config()
+    config.vision_feature_select_strategy = "full"
+    with pytest.raises(ValueError, match="Use 'default'"):
+        image_grid(config)
+
+
+def test_patches_that_do_not_merge_are_refused():
+    model = tiny_internvl()
+    model.config.downsample_ratio = 1 / 3
+    with pytest.raises(ValueError, match="cannot be merged by 3 x 3"):
+        image_grid(model.config)

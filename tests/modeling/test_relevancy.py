@@ -1,0 +1,407 @@
+"""Relevancy against the slow full-matrix rule, computed here with transformers' eager attention."""
+
+from dataclasses import fields
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import (
+    tiny_image,
+    tiny_internvl,
+    tiny_llava,
+    tiny_processor,
+    tiny_prompt,
+)
+from transformers import LlavaForConditionalGeneration, SiglipVisionConfig
+
+from firsthand.modeling.explanation import Explanation, token_spans
+from firsthand.modeling.families import decoder_layers, image_mask, vision_layers
+from firsthand.modeling.relevancy import explain, spread_over_patches
+from firsthand.modeling.relevancy_attention import implementations, relevancy_attention
+from firsthand.modeling.steering import SteeringVector, attach_steering
+
+QUESTION = "What is in the image?"
+ANSWER = "a dog top left, a cup."
+MODELS = {"llava": tiny_llava, "internvl": tiny_internvl}
+
+
+@pytest.fixture(params=list(MODELS), scope="module")
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def processor(family):
+    return tiny_processor(family)
+
+
+@pytest.fixture
+def model(family):
+    return MODELS[family]()
+
+
+@pytest.fixture(scope="module")
+def explanation(family, processor):
+    return explain(MODELS[family](), processor, tiny_image(3), QUESTION, ANSWER)
+
+
+def record_maps(layers, maps):
+    """Hook every attention module; the maps land in `maps`, first layer first."""
+
+    def keep(module, args, output):
+        if isinstance(output, tuple) and output[1] is not None and output[1].requires_grad:
+            maps.append(output[1])
+
+    names = ("attention", "self_attn")
+    return [
+        module.register_forward_hook(keep)
+        for layer in layers
+        for name, module in layer.named_children()
+        if name in names
+    ]
+
+
+def full_matrix(logit, maps):
+    """R = (I + A_bar_L) ... (I + A_bar_1), A_bar = mean over heads of clamp(A * dlogit/dA, 0)."""
+    grads = torch.autograd.grad(logit, maps, retain_graph=True)
+    total = torch.eye(maps[0].shape[-1])
+    for weights, grad in zip(maps, grads, strict=True):
+        total = total + (weights * grad)[0].clamp(min=0).mean(0) @ total
+    return total.detach()
+
+
+def oracle(model, processor, family, image, answer):
+    """Per answer token: image row, patch row (through the vision encoder), text rows."""
+    model.set_attn_implementation("eager")
+    inputs = processor(images=[image], text=[tiny_prompt(processor, QUESTION)], return_tensors="pt")
+    ids = processor.tokenizer(answer, return_tensors="pt").input_ids
+    prompt, answer_ids = inputs["input_ids"].shape[1], ids[0]
+    whole = torch.cat([inputs["input_ids"], ids], 1)
+    pixels = inputs["pixel_values"].requires_grad_()
+    text_maps, vision_maps = [], []
+    hooks = record_maps(decoder_layers(model), text_maps)
+    used = -1 if family == "llava" else None  # LLaVA reads the last layer but one
+    hooks += record_maps(list(vision_layers(model))[:used], vision_maps)
+    logits = model(input_ids=whole, pixel_values=pixels).logits[0]
+    for hook in hooks:
+        hook.remove()
+    seen = image_mask(model, whole)[0]
+    side = {"llava": 4, "internvl": 2}[family]
+    for index, token in enumerate(answer_ids):
+        at = prompt - 1 + index
+        logit = logits[at, token]
+        row = full_matrix(logit, text_maps)[at]
+        row[at] -= 1
+        vision = full_matrix(logit, vision_maps)[1:, 1:]
+        weights = block_weights(side)
+        yield row, row[seen], (row[seen] @ weights) @ vision
+
+
+def block_weights(side):
+    """[side^2, 16]: each image token's equal shares on a 4 x 4 grid of patches."""
+    size = 4 // side
+    weights = torch.zeros(side, side, 4, 4)
+    for r in range(side):
+        for c in range(side):
+            weights[r, c, r * size : (r + 1) * size, c * size : (c + 1) * size] = 1 / size**2
+    return weights.view(side * side, 16)
+
+
+@pytest.mark.parametrize("backend", ["streaming", "eager"])
+def test_it_equals_the_full_matrix_rule(model, processor, family, backend):
+    image = tiny_image(3)
+    found = explain(model, processor, image, QUESTION, ANSWER, backend=backend)
+    prompt = len(processor(images=[image], text=[tiny_prompt(processor, QUESTION)])["input_ids"][0])
+    rows = list(oracle(model, processor, family, image, ANSWER))
+    assert len(rows) == len(found.tokens) == len(found.selected)
+    for index, (row, image_row, patch_row) in enumerate(rows):
+        scale = row.max()
+        assert scale > 1e-4
+        assert torch.allclose(found.image[index].flatten(), image_row, atol=1e-5 * scale)
+        assert torch.allclose(found.patches[index].flatten(), patch_row, atol=1e-5 * scale)
+        assert torch.allclose(found.answer_relevancy[index], row[prompt:], atol=1e-5 * scale)
+
+
+def test_heads_in_several_pieces_equal_one_piece(model, processor, explanation, monkeypatch):
+    monkeypatch.setattr("firsthand.modeling.relevancy_attention.CHUNK_ELEMENTS", 1)
+    pieces = explain(model, processor, tiny_image(3), QUESTION, ANSWER)
+    assert torch.allclose(pieces.patches, explanation.patches, rtol=1e-5, atol=1e-9)
+
+
+def test_the_vision_encoder_moves_relevancy(model, processor, explanation, family):
+    """The chained map is more than the image tokens' relevancy laid on the patches."""
+    merge = explanation.patches.shape[1] // explanation.image.shape[1]
+    laid = explanation.image.repeat_interleave(merge, 1).repeat_interleave(merge, 2) / merge**2
+    assert bool((explanation.patches >= laid - 1e-9).all())
+    assert float((explanation.patches - laid).max()) > 1e-6
+
+
+def test_a_subset_of_tokens_equals_those_of_all(model, processor, explanation):
+    some = explain(model, processor, tiny_image(3), QUESTION, ANSWER, tokens=[4, -1, 1])
+    last = len(explanation.tokens) - 1
+    assert some.selected == [4, last, 1]
+    for name in ("image", "patches", "question_relevancy", "answer_relevancy"):
+        expected = getattr(explanation, name)[some.selected]
+        assert torch.allclose(getattr(some, name), expected, rtol=1e-4, atol=1e-8), name
+    assert torch.equal(some.probability, explanation.probability)
+
+
+def test_a_token_is_not_contaminated_by_others(model, processor, explanation):
+    """Also not by later text: causality."""
+    alone = explain(model, processor, tiny_image(3), QUESTION, "a dog", tokens=[1])
+    assert torch.allclose(alone.patches[0], explanation.patches[1], rtol=1e-4, atol=1e-8)
+    assert torch.allclose(
+        alone.question_relevancy[0], explanation.question_relevancy[1], rtol=1e-4, atol=1e-8
+    )
+    assert float((explanation.patches[1] - explanation.patches[2]).abs().max()) > 1e-5
+
+
+def test_it_never_looks_ahead(explanation):
+    ahead = torch.triu(explanation.answer_relevancy)
+    assert torch.equal(ahead, torch.zeros_like(ahead))
+    assert bool((explanation.answer_relevancy[1:].sum(1) > 0).all())
+
+
+def test_probabilities_are_those_of_the_plain_model(model, processor, explanation):
+    prompt = tiny_prompt(processor, QUESTION)
+    inputs = processor(images=[tiny_image(3)], text=[prompt + ANSWER], return_tensors="pt")
+    count = len(explanation.tokens)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -count - 1 : -1]
+    expected = logits.softmax(-1)[torch.arange(count), inputs["input_ids"][0, -count:]]
+    assert torch.allclose(explanation.probability, expected, atol=1e-6)
+
+
+def test_the_model_answers_by_itself(model, processor):
+    found = explain(model, processor, tiny_image(3), QUESTION, max_new_tokens=5)
+    inputs = processor(
+        images=[tiny_image(3)], text=[tiny_prompt(processor, QUESTION)], return_tensors="pt"
+    )
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    expected = expected[0, inputs["input_ids"].shape[1] :].tolist()
+    assert found.token_ids == expected[: len(found.token_ids)] and len(found.token_ids) >= 4
+
+
+def state_of(model):
+    return (
+        [parameter.requires_grad for parameter in model.parameters()],
+        [module.training for module in model.modules()],
+        implementations(model.config),
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(model, processor, monkeypatch, fails):
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    model.train()
+    model.lm_head.eval()
+    model.model.language_model.embed_tokens.weight.requires_grad_(False)
+    before = state_of(model)
+    if fails:
+        monkeypatch.setattr("torch.autograd.grad", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            explain(model, processor, tiny_image(3), QUESTION, ANSWER)
+    else:
+        explain(model, processor, tiny_image(3), QUESTION, ANSWER)
+    assert state_of(model) == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bfloat16_gives_nearly_the_same(model, processor, explanation):
+    half = explain(model.bfloat16(), processor, tiny_image(3), QUESTION, ANSWER)
+    maps = (half.image.flatten(), explanation.image.flatten())
+    assert half.image.dtype == torch.float32
+    assert float(torch.cosine_similarity(*maps, dim=0)) > 0.98
+
+
+def test_adapters_count_without_being_merged(model, processor, explanation):
+    config = LoraConfig(
+        target_modules=r".*language_model.*\.(q_proj|v_proj)", r=4, init_lora_weights=False
+    )
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, config)
+    adapted = explain(wrapped, processor, tiny_image(3), QUESTION, ANSWER)
+    assert any(parameter.requires_grad for parameter in wrapped.parameters())
+    assert float((adapted.image - explanation.image).abs().max()) > 1e-4
+    merged = explain(wrapped.merge_and_unload(), processor, tiny_image(3), QUESTION, ANSWER)
+    assert torch.allclose(adapted.patches, merged.patches, rtol=1e-3, atol=1e-6)
+
+
+def test_steering_is_in_force(model, processor, explanation):
+    vector = SteeringVector({0: torch.linspace(-1, 1, 32)})
+    with attach_steering(model, vector, strength=2.0):
+        steered = explain(model, processor, tiny_image(3), QUESTION, ANSWER)
+    assert float((steered.probability - explanation.probability).abs().max()) > 1e-6
+    assert float((steered.image - explanation.image).abs().max()) > 1e-5
+
+
+def test_visual_contribution_is_the_image_share(explanation):
+    seen = explanation.image.sum((1, 2))
+    text = explanation.question_relevancy.sum(1) + explanation.answer_relevancy.sum(1)
+    assert torch.allclose(explanation.visual_contribution, seen / (seen + text))
+    assert bool((explanation.visual_contribution > 0).all())
+    assert bool((explanation.visual_contribution < 1).all())
+
+
+def test_question_tokens_are_the_question(explanation):
+    assert "".join(explanation.question_tokens).strip() == QUESTION
+    assert explanation.question_relevancy.shape[1] == len(explanation.question_tokens)
+    words = explanation.question_words
+    assert [text for text, _ in words] == QUESTION.split()
+    assert [i for _, tokens in words for i in tokens] == list(range(len(words[0][1]) + 6 - 1))
+
+
+def test_a_question_that_the_template_rewrites_is_all_the_prompts_text(model, processor, family):
+    shouting = tiny_processor(family)
+    shouting.chat_template = processor.chat_template.replace("part['text']", "part['text'] | upper")
+    found = explain(model, shouting, tiny_image(3), QUESTION, ANSWER, tokens=[0])
+    assert QUESTION.upper() in "".join(found.question_tokens)
+    assert "<|im_start|>" not in found.question_tokens
+
+
+def test_words(explanation):
+    assert explanation.words == ["a", "dog", "top", "left", "a", "cup"]
+    dog = explanation.word(1)
+    assert (dog.text, dog.span) == ("dog", (2, 5))
+    assert "".join(explanation.tokens[i] for i in dog.tokens).strip() == "dog"
+    assert torch.equal(dog.map, explanation.patches[dog.tokens].mean(0))
+    phrase = explanation.span(2, 14)
+    assert phrase.text == "dog top left" and len(phrase.tokens) >= 3
+    assert torch.allclose(phrase.image, explanation.image[phrase.tokens].mean(0))
+    with pytest.raises(IndexError, match="6 words"):
+        explanation.word(6)
+
+
+def test_a_word_that_was_not_explained_says_how(model, processor):
+    found = explain(model, processor, tiny_image(3), QUESTION, ANSWER, tokens=[0])
+    with pytest.raises(ValueError, match=r"tokens=\[1\]"):
+        found.word(1)
+
+
+def test_saved_and_loaded_exactly(explanation, tmp_path):
+    explanation.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "explanation.json",
+        "explanation.safetensors",
+    ]
+    again = Explanation.load(tmp_path)
+    for name in (field.name for field in fields(Explanation)):
+        pair = getattr(again, name), getattr(explanation, name)
+        tensors = isinstance(pair[0], torch.Tensor)
+        assert torch.equal(*pair) if tensors else pair[0] == pair[1], name
+    with pytest.raises(FileNotFoundError, match="save"):
+        Explanation.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": "  "}, "question is empty"),
+        ({"answer": " "}, "answer is empty"),
+        ({"tokens": [99]}, r"names \[99\]"),
+        ({"tokens": []}, "no token"),
+        ({"backend": "fast"}, "streaming"),
+    ],
+)
+def test_bad_requests(model, processor, change, message):
+    request = {"question": QUESTION, "answer": ANSWER} | change
+    with pytest.raises(ValueError, match=message):
+        explain(model, processor, tiny_image(3), **request)
+
+
+def test_a_processor_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="4 image tokens, the model's grid has 4 x 4"):
+        explain(tiny_llava(), tiny_processor("internvl"), tiny_image(3), QUESTION, ANSWER)
+
+
+def test_mixed_vision_layers_have_no_patch_map():
+    model = tiny_llava()
+    model.config.vision_feature_layer = [-2, -1]
+    model.model.multi_modal_projector = type(model.model.multi_modal_projector)(model.config).eval()
+    found = explain(model, tiny_processor("llava"), tiny_image(3), QUESTION, ANSWER, tokens=[0])
+    assert found.patches is None and float(found.image.max()) > 0
+    assert torch.equal(found.word(0).map, found.image[0])
+
+
+def siglip_llava():
+    vision = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+    )
+    config = tiny_llava().config
+    config.vision_config, config.vision_feature_select_strategy = vision, "full"
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+OTHERS = {
+    **{text: partial(tiny_llava, text=text) for text in ("mistral", "qwen2", "qwen3")},
+    "siglip": siglip_llava,
+}
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_other_towers_streaming_equals_autograd(name):
+    found, kept = (
+        explain(OTHERS[name](), tiny_processor("llava"), tiny_image(3), QUESTION, ANSWER, backend=b)
+        for b in ("streaming", "eager")
+    )
+    assert float(found.patches.max()) > 1e-6
+    for field in ("image", "patches", "question_relevancy", "answer_relevancy"):
+        pair = getattr(found, field), getattr(kept, field)
+        assert torch.allclose(*pair, rtol=1e-4, atol=1e-6 * float(pair[0].max())), field
+
+
+def test_attention_that_the_rule_does_not_cover_is_refused(monkeypatch):
+    def capped(module, *args, **kwargs):
+        return relevancy_attention(module, *args, softcap=50.0, **kwargs)
+
+    monkeypatch.setattr("firsthand.modeling.relevancy_attention.relevancy_attention", capped)
+    with pytest.raises(ValueError, match="softcap"):
+        explain(tiny_llava(), tiny_processor("llava"), tiny_image(3), QUESTION, ANSWER)
+
+
+def test_every_image_token_shares_equally_among_its_patches():
+    row = torch.tensor([9.0, 1.0, 2.0, 3.0, 4.0, 9.0])
+    image = torch.tensor([False, True, True, True, True, False])
+    patches = spread_over_patches(row, image, grid=(2, 2), merge=2, prefix=1)
+    expected = torch.tensor([[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]) / 4
+    assert patches[0] == 0 and torch.equal(patches[1:].view(4, 4), expected)
+
+
+def test_the_merger_joins_the_patches_that_share_its_token():
+    """Changing one patch's features changes the one image token that `spread` maps it to."""
+    model = tiny_internvl()
+    features = torch.zeros(1, 4, 4, 24)
+    for patch in range(16):
+        changed = features.clone()
+        changed[0, patch // 4, patch % 4] = 1
+        merged = model.model.pixel_shuffle(changed, scale_factor=0.5).reshape(4, -1)
+        token = int(merged.abs().sum(1).argmax())
+        assert token == patch // 4 // 2 * 2 + patch % 4 // 2
+
+
+def test_bytes_of_one_character_share_it():
+    tokenizer = tiny_processor("llava").tokenizer
+    ids = tokenizer("  é🙂 dog ")["input_ids"]
+    text, spans = token_spans(tokenizer, ids)
+    assert text == "é🙂 dog"
+    covered = {i for start, end in spans for i in range(start, end)}
+    assert covered == set(range(len(text)))
+    assert all(0 <= start <= end <= len(text) for start, end in spans)
+    assert spans.count((1, 2)) == 4
+
+
+def test_a_subclass_defined_elsewhere_is_explained():
+    class Mine(LlavaForConditionalGeneration):
+        pass
+
+    found = explain(
+        tiny_llava(Mine), tiny_processor("llava"), tiny_image(3), QUESTION, ANSWER, tokens=[1]
+    )
+    assert float(found.image.max()) > 0
