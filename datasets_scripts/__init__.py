@@ -1,0 +1,1 @@
+"""Data set builders: one self-contained module each."""
