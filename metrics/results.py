@@ -152,10 +152,13 @@ def _resampled_sums(totals: np.ndarray, n: int, rng: np.random.Generator) -> np.
     """[n, columns]: sums over resamples with replacement, drawn in blocks of bounded memory."""
     size = len(totals)
     step = max(1, _DRAWS_AT_ONCE // size)
-    blocks = (min(step, n - start) for start in range(0, n, step))
-    return np.concatenate(
-        [totals[rng.integers(0, size, (block, size))].sum(axis=1) for block in blocks]
-    )
+    sums = []
+    for start in range(0, n, step):
+        block = min(step, n - start)
+        drawn = rng.integers(0, size, (block, size)) + size * np.arange(block)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=block * size).reshape(block, size)
+        sums.append(times @ totals)
+    return np.concatenate(sums)
 
 
 def protocol(
@@ -306,9 +309,9 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
     return {field: row[field] for field in FIELDS}
 
 
-def _nan_to_none(row: dict[str, Any]) -> dict[str, Any]:
+def _nan_to_none(row: Mapping[str, Any]) -> dict[str, Any]:
     bare = {k: None for k in ("value", "low", "high") if row[k] is None or math.isnan(row[k])}
-    return row | bare
+    return dict(row) | bare
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -13,7 +13,7 @@ EXAMPLE = {
 }
 
 
-def compute(text: str) -> dict:
+def compute(text: str) -> dict | None:
     """Score the pasted inputs; what is wrong with them is shown as a message."""
     try:
         return METRIC.compute(**json.loads(text))

@@ -161,6 +161,7 @@ READ_AS: dict[str, str | None] = {
     "bus": None,
     "buses": "bus",
     "canoes": None,
+    "collies": None,
     "children": "child",
     "childrens": "children",
     "doggies": None,

@@ -20,7 +20,8 @@ __all__ = ["Lexicon", "Mention", "lexicon_from_nouns", "surface_forms"]
 _BREAKS = r"\s,;:!?()\[\]{}<>\"@#$%&*‘’“”«»`\u2012-\u2015"
 _CHUNK = re.compile(rf"(?:(?!--)[^{_BREAKS}])+|\S")
 _PIECE = re.compile(rf"--+|[^{_BREAKS}/_.\-]+|[^\s\-_]")
-_CLITIC = re.compile(r"(?:'(?:s|re|ll|ve|d|m)?|\.)+\Z")
+_CLITIC = re.compile(r"(?:'(?:s|re|ll|ve|d|m)?|\.)+\Z", re.IGNORECASE)
+_REMEMBERED = 200_000
 _IRREGULAR = {
     "calf": "calves",
     "child": "children",
@@ -52,9 +53,12 @@ class Mention(NamedTuple):
 
 
 class _Word(NamedTuple):
+    """A word of some term. Words of no term are skipped: `place` tells what is next to what."""
+
+    place: int
     start: int
     end: int
-    singular: str | None  # None: no term begins, continues or ends here
+    singular: str
     joins_next: bool  # False where punctuation or a clitic separates it from the next word
 
 
@@ -95,7 +99,7 @@ class Lexicon:
         return frozenset(compound.split(" ", 1)[0] for compound in self.compounds)
 
     @cached_property
-    def _seen(self) -> dict[str, tuple[str | None, int, bool]]:
+    def _seen(self) -> dict[str, tuple[str | None, int, int]]:
         return {}
 
     def node(self, name: str) -> str:
@@ -104,7 +108,7 @@ class Lexicon:
         Raises:
             ValueError: the lexicon has no such term.
         """
-        key = " ".join(str(name).lower().split())
+        key = " ".join(str(name).lower().replace("-", " ").split())
         found = self.nodes.get(key) or self.nodes.get(self.compounds.get(key, ""))
         if found is None:
             raise ValueError(
@@ -120,8 +124,7 @@ class Lexicon:
         found, at = [], 0
         while at < len(words):
             taken, term = self._term_at(words, at)
-            if term:
-                found.append((words[at].start, words[at + taken - 1].end, term))
+            found.append((words[at].start, words[at + taken - 1].end, term))
             at += taken
         terms = {term for _, _, term in found}
         return [
@@ -133,29 +136,32 @@ class Lexicon:
     def _words(self, text: str) -> list[_Word]:
         pattern = _PIECE if self.splits_compounds else _CHUNK
         words = []
-        for match in pattern.finditer(text):
-            start, chunk = match.start(), match.group().lower()
-            singular, length, joins = self._seen.get(chunk) or self._look_up(chunk)
-            lead = len(chunk) - len(chunk.lstrip("'"))
-            end = match.end() if length == len(chunk) else start + lead + length
-            words.append(_Word(start + lead, end, singular, joins))
+        for place, match in enumerate(pattern.finditer(text)):
+            chunk = match.group()
+            singular, lead, length = self._seen.get(chunk) or self._look_up(chunk)
+            if singular is not None:
+                start = match.start() + lead
+                joins = length == len(chunk)
+                words.append(_Word(place, start, start + length, singular, joins))
         return words
 
-    def _look_up(self, chunk: str) -> tuple[str | None, int, bool]:
-        word = _CLITIC.sub("", chunk).lstrip("'")
-        entry = (self.forms.get(word), len(word), word == chunk)
-        if len(self._seen) < 200_000:
+    def _look_up(self, chunk: str) -> tuple[str | None, int, int]:
+        """The singular of a chunk of text, and where the word stands in it: offset and length."""
+        bare = _CLITIC.sub("", chunk)
+        word = bare.lstrip("'")
+        entry = (self.forms.get(word.lower()), len(bare) - len(word), len(word))
+        if len(self._seen) < _REMEMBERED:
             self._seen[chunk] = entry
         return entry
 
-    def _term_at(self, words: list[_Word], at: int) -> tuple[int, str | None]:
-        """How many words the longest term starting at `at` takes, and the term (None: no term)."""
+    def _term_at(self, words: list[_Word], at: int) -> tuple[int, str]:
+        """How many words the longest term that starts at `at` takes, and the term."""
         singular = words[at].singular
         if singular in self._starts:
             for size in range(min(self._longest, len(words) - at), 1, -1):
                 run = words[at : at + size]
-                if all(word.joins_next for word in run[:-1]):
-                    term = self.compounds.get(" ".join(word.singular or "" for word in run))
+                if run[-1].place - run[0].place == size - 1 and all(w.joins_next for w in run[:-1]):
+                    term = self.compounds.get(" ".join(word.singular for word in run))
                     if term is not None:
                         return size, term
         return 1, singular

@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ __all__ = [
 
 Row = Mapping[str, Any]
 
-POSITION_WORDS = {
+_POSITION_WORDS = {
     "top": "top",
     "upper": "top",
     "bottom": "bottom",
@@ -157,8 +158,8 @@ def _placed(text: str, lexicon: Lexicon) -> list[tuple[str, str]]:
     """(node, position) of every mention that a position follows within its clause."""
     found = []
     mentions = lexicon.mentions(text)
-    ends = [mention.start for mention in mentions[1:]] + [len(text)]
-    for mention, end in zip(mentions, ends, strict=True):
+    for mention, following in zip_longest(mentions, mentions[1:]):
+        end = following.start if following else len(text)
         clause = _CLAUSE_END.split(text[mention.end : end], maxsplit=1)[0]
         if match := _POSITION.search(clause):
             found.append((mention.node, _position(match.group())))
@@ -168,9 +169,9 @@ def _placed(text: str, lexicon: Lexicon) -> list[tuple[str, str]]:
 def _position(phrase: str) -> str:
     """`Top-left`, `upper left` -> `top left`."""
     words = re.split(r"[\s-]+", phrase.strip().lower())
-    if not set(words) <= set(POSITION_WORDS):
+    if not set(words) <= set(_POSITION_WORDS):
         raise ValueError(f"{phrase!r} is no position like 'top left', 'bottom right', 'center'.")
-    return " ".join(POSITION_WORDS[word] for word in words)
+    return " ".join(_POSITION_WORDS[word] for word in words)
 
 
 def _checked(rows: Iterable[Row]) -> tuple[list[Row], int]:

@@ -10,7 +10,7 @@ METRIC = evaluate.load(str(Path(__file__).with_name("pope.py")))
 EXAMPLE = {"predictions": ["Yes.", "No, there is not."], "references": ["yes", "yes"]}
 
 
-def compute(text: str) -> dict:
+def compute(text: str) -> dict | None:
     """Score the pasted inputs; what is wrong with them is shown as a message."""
     try:
         return METRIC.compute(**json.loads(text))

@@ -231,5 +231,6 @@ def _ask(
         if strategy == "adversarial":
             other = max(absent, key=lambda candidate: together[noun, candidate])
         absent.remove(other)
-        asked += [(noun, "yes"), (other, "no")]
+        asked.append((noun, "yes"))
+        asked.append((other, "no"))
     return asked
