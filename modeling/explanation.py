@@ -13,10 +13,11 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import interpolate
 from transformers import PreTrainedTokenizerBase
 
 WEIGHTS_NAME, CONFIG_NAME = "explanation.safetensors", "explanation.json"
@@ -53,6 +54,22 @@ class WordRelevancy:
     def map(self) -> torch.Tensor:
         """The finer of the two maps: over patches where there is one, else over image tokens."""
         return self.image if self.patches is None else self.patches
+
+    @property
+    def smooth_map(self) -> torch.Tensor:
+        """`map` for drawing: a merged token's relevancy fades into its neighbours, without blocks.
+
+        What the vision encoder adds to the patches is as in `patches`; only the equal shares within
+        each merged token are interpolated (bicubic, >= 0). Measure with `map`, not with this.
+        """
+        if self.patches is None or self.patches.shape == self.image.shape:
+            return self.map
+        size = self.patches.shape
+        rows, columns = (a // b for a, b in zip(size, self.image.shape, strict=True))
+        shares = self.image / (rows * columns)
+        blocks = shares.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        faded = interpolate(shares[None, None], size=tuple(size), mode="bicubic")[0, 0]
+        return (self.patches - blocks + faded).clamp(min=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +195,8 @@ class Explanation:
             raise FileNotFoundError(f"{folder} holds no explanation; write one with save().")
         texts = json.loads((folder / CONFIG_NAME).read_text())
         texts["spans"] = [(start, end) for start, end in texts["spans"]]
-        return cls(**texts, **({"patches": None} | load_file(folder / WEIGHTS_NAME)))
+        tensors: dict[str, Any] = {"patches": None, **load_file(folder / WEIGHTS_NAME)}
+        return cls(**texts, **tensors)
 
 
 def _share(image: torch.Tensor, question: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
@@ -199,11 +217,11 @@ def token_spans(
 
     Tokens that are bytes of one character share that character. Special tokens are kept as text.
     """
-    text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
-    prefixes = (
-        tokenizer.decode(token_ids[:count], clean_up_tokenization_spaces=False)
+    prefixes = [
+        str(tokenizer.decode(token_ids[:count], clean_up_tokenization_spaces=False))
         for count in range(len(token_ids) + 1)
-    )
+    ]
+    text = prefixes[-1]
     ends = [len(os.path.commonprefix([prefix, text])) for prefix in prefixes]
     ends[-1] = len(text)
     pairs = [(first, max(last, first + 1)) for first, last in zip(ends, ends[1:], strict=False)]

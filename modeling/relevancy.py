@@ -89,7 +89,7 @@ def _inputs(
     """The prompt's input_ids, attention_mask [1, P] and pixel_values, on the model's device."""
     if processor.chat_template is None:
         raise ValueError("The processor has no chat template. Set processor.chat_template first.")
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    content: Any = [{"type": "image"}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
@@ -107,7 +107,7 @@ def _inputs(
 
 
 def _answer_ids(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     inputs: BatchFeature,
     answer: str | None,
@@ -121,7 +121,7 @@ def _answer_ids(
         ids = output[0, inputs["input_ids"].shape[1] :].tolist()
         while ids and ids[-1] in tokenizer.all_special_ids:
             ids.pop()
-    if not tokenizer.decode(ids).strip():
+    if not str(tokenizer.decode(ids)).strip():
         raise ValueError("There is nothing to explain: the answer is empty.")
     return ids
 

@@ -61,7 +61,7 @@ class Recorder:
 
     def row(self, tower: str, device: torch.device) -> torch.Tensor:
         """The present row of a tower, float32 [n]; the vision encoder's starts when first asked."""
-        if tower not in self.rows:
+        if tower not in self.rows and self.spread is not None:
             self.rows[tower] = self.spread(self.rows["text"])
         return self.rows[tower].to(device)
 

@@ -10,7 +10,7 @@ trained.
     vector.save_pretrained("vector")
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any
 
@@ -127,13 +127,14 @@ def _differences(
     """Per batch the differences of its pairs, float32 [n, L, D] on the CPU."""
     training = model.training
     model.eval()
+    total, checked = len(pairs) if isinstance(pairs, Sized) else None, _checked(pairs)
     try:
-        bar = tqdm(pairs, desc="fit steering", unit="pair", disable=not progress)
-        checked = _checked(bar)
-        while batch := list(islice(checked, batch_size)):
-            rows = [pair[side] for side in ("positive", "negative") for pair in batch]
-            means = _answer_means(model, _encode(processor, rows), layers)
-            yield means[: len(batch)] - means[len(batch) :]
+        with tqdm(total=total, desc="fit steering", unit="pair", disable=not progress) as bar:
+            while batch := list(islice(checked, batch_size)):
+                rows = [pair[side] for side in ("positive", "negative") for pair in batch]
+                means = _answer_means(model, _encode(processor, rows), layers)
+                bar.update(len(batch))
+                yield means[: len(batch)] - means[len(batch) :]
     finally:
         model.train(training)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_inputs, tiny_internvl, tiny_llava, tiny_processor
+from tiny_models import tiny_image, tiny_inputs, tiny_internvl, tiny_llava, tiny_processor
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from firsthand.modeling.modeling_grounded_internvl import GroundedInternVLForConditionalGeneration
@@ -217,6 +217,31 @@ def test_steering_inside_equals_attached_steering(family, inputs):
         fused = model.lm_head(model.model(**inputs).last_hidden_state)
     assert torch.equal(fused, _logits(model, inputs))
     assert not torch.equal(fused, _logits(stock, inputs))
+
+
+@torch.no_grad()
+def test_trl_trains_the_steered_model(tmp_path):
+    """Its trainers replace `forward`; the loss must still be that of the steered model."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model = _grounded("llava", steering_layers=[0, 1])
+    row = {
+        "images": [tiny_image()],
+        "prompt": [{"role": "user", "content": "What?"}],
+        "completion": [{"role": "assistant", "content": "a dog top left."}],
+    }
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(str(tmp_path), max_length=None, report_to="none", use_cpu=True),
+        train_dataset=datasets.Dataset.from_list([row, row]),
+        processing_class=tiny_processor("llava"),
+    )
+    trainer.model.eval()
+    batch = next(iter(trainer.get_train_dataloader()))
+    plain = trainer.compute_loss(trainer.model, batch)
+    model.set_steering(_vector(), strength=1.0)
+    assert abs(trainer.compute_loss(trainer.model, batch) - plain) > 1e-3
+    model.set_steering(strength=0)
+    assert torch.equal(trainer.compute_loss(trainer.model, batch), plain)
 
 
 def test_strength_zero_inside_is_bit_identical(family, inputs):

@@ -1,6 +1,6 @@
 """Relevancy against the slow full-matrix rule, computed here with transformers' eager attention."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
@@ -15,7 +15,7 @@ from tiny_models import (
 )
 from transformers import LlavaForConditionalGeneration, SiglipVisionConfig
 
-from firsthand.modeling.explanation import Explanation, token_spans
+from firsthand.modeling.explanation import Explanation, WordRelevancy, token_spans
 from firsthand.modeling.families import decoder_layers, image_mask, vision_layers
 from firsthand.modeling.relevancy import explain, spread_over_patches
 from firsthand.modeling.relevancy_attention import implementations, relevancy_attention
@@ -271,6 +271,23 @@ def test_words(explanation):
     assert torch.allclose(phrase.image, explanation.image[phrase.tokens].mean(0))
     with pytest.raises(IndexError, match="6 words"):
         explanation.word(6)
+
+
+def test_the_smooth_map_fades_blocks_and_keeps_the_place():
+    image = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
+    added = torch.zeros(8, 8)
+    added[7, 7] = 0.5
+    blocks = image.repeat_interleave(4, 0).repeat_interleave(4, 1) / 16
+    word = WordRelevancy("dog", (0, 3), [0], image, blocks + added, torch.zeros(1), 0.5, 0.5)
+    smooth = word.smooth_map
+    assert float(smooth.min()) >= 0 and smooth.shape == (8, 8)
+    assert smooth[:4, :4].sum() > 0.7 * (smooth.sum() - 0.5)
+    assert smooth[7, 7] == pytest.approx(0.5, abs=0.05)
+    jump = (blocks[1, 3] - blocks[1, 4]).abs()
+    assert (smooth[1, 3] - smooth[1, 4]).abs() < 0.5 * jump
+    plain = replace(word, patches=image)
+    assert torch.equal(plain.smooth_map, image)
+    assert torch.equal(replace(word, patches=None).smooth_map, image)
 
 
 def test_a_word_that_was_not_explained_says_how(model, processor):
