@@ -1,0 +1,189 @@
+"""Answers to many questions about images, in batches, each image encoded once.
+
+What it is: greedy, deterministic generation for any supported model, native or grounded, steered or
+not. What it is not: a server (point an `Endpoint` at one), or sampling of candidates.
+
+    rows = [{"id": "1", "image_id": "a", "image": pil, "question": "Is there a dog in the image?"}]
+    for answer in generate_answers(model, processor, rows): print(answer["prediction"])
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sized
+from inspect import signature
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from firsthand.modeling.families import unwrap
+
+CACHED_BYTES = 2**29  # of image features that are kept for further questions
+WINDOW = 8  # batches that are read ahead and sorted by length; answers come after each window
+PLAIN_INPUTS = {"input_ids", "attention_mask", "pixel_values"}
+
+Row = dict[str, Any]
+
+
+def build_prompt(processor: Any, question: str) -> str:
+    """The chat prompt for one image and a question, ending where the answer starts.
+
+    Raises ValueError where the processor has no chat template.
+    """
+    if processor.chat_template is None:
+        raise ValueError("the processor has no chat template: set processor.chat_template first")
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    message = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(message, add_generation_prompt=True)
+
+
+def prepare_inputs(processor: Any, rows: list[Row], device: Any = "cpu") -> Any:
+    """Left-padded model inputs of rows with `image` (PIL) and `question`, on a device.
+
+    Returns what the processor gives: input_ids and attention_mask [B, T], pixel_values [B, ...].
+    """
+    return processor(
+        images=[r["image"].convert("RGB") for r in rows],
+        text=[build_prompt(processor, r["question"]) for r in rows],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    ).to(device)
+
+
+class ImageFeatures:
+    """The projected features of images by key, up to CACHED_BYTES of them; encodes the missing."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.known: OrderedDict[Any, torch.Tensor] = OrderedDict()
+        self.bytes = 0
+        self.stacked = True
+
+    def outputs(self, keys: list[Any], pixels: torch.Tensor) -> dict[str, Any]:
+        """`mm_encoder_outputs` of a batch: a key and a row of pixel values [B, ...] an image."""
+        row_of = {key: i for i, key in reversed(list(enumerate(keys)))}
+        missing = [key for key in row_of if key not in self.known]
+        if missing:
+            chosen = pixels[[row_of[key] for key in missing]]
+            self._add(missing, self.model.get_image_features(pixel_values=chosen).pooler_output)
+        for key in keys:
+            self.known.move_to_end(key)
+        features: Any = [self.known[key] for key in keys]
+        self._forget()
+        features = torch.stack(features) if self.stacked else features
+        return {"image": BaseModelOutputWithPooling(pooler_output=features)}
+
+    def _add(self, keys: list[Any], features: Any) -> None:
+        self.stacked = isinstance(features, torch.Tensor)  # [B, N, D]; LLaVA: a list of [N, D]
+        for key, feature in zip(keys, features, strict=True):
+            self.known[key] = feature.clone()  # not a view that keeps its whole batch alive
+            self.bytes += feature.nbytes
+
+    def _forget(self) -> None:
+        while self.bytes > CACHED_BYTES:
+            _, feature = self.known.popitem(last=False)
+            self.bytes -= feature.nbytes
+
+
+def _problem(row: Row) -> str | None:
+    """Why a row cannot be asked, None where it can."""
+    if row.get("image_id") is None:
+        return "the row has no image_id"
+    if not isinstance(row.get("question"), str) or not row["question"].strip():
+        return "the question is empty"
+    image = row.get("image")
+    if not isinstance(image, Image.Image):
+        return f"image is {type(image).__name__}, not a PIL image"
+    try:
+        image.load()
+    except Exception as error:  # decoders raise nearly anything: OSError, struct.error, bombs ...
+        return f"the image cannot be read: {type(error).__name__}: {error}"
+    return None
+
+
+@torch.inference_mode()
+def _answer(
+    model: Any, processor: Any, rows: list[Row], features: ImageFeatures | None, settings: Row
+) -> list[str]:
+    """The answers to one batch of rows."""
+    inner = unwrap(model)
+    inputs = prepare_inputs(processor, rows, inner.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(inner.dtype)
+    plain = set(inputs) == PLAIN_INPUTS and len(inputs["pixel_values"]) == len(rows)
+    if features is not None and plain:
+        keys = [(r["image_id"], r.get("condition")) for r in rows]
+        inputs["mm_encoder_outputs"] = features.outputs(keys, inputs.pop("pixel_values"))
+    said = model.generate(**inputs, do_sample=False, **settings)
+    new = said[:, inputs["input_ids"].shape[1] :]
+    return [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def generate_answers(
+    model: nn.Module,
+    processor: Any,
+    rows: Iterable[Row],
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    progress: bool = True,
+    **settings: Any,
+) -> Iterator[Row]:
+    """Prediction rows, in the order of the input; WINDOW * batch_size rows are held at a time.
+
+    Args:
+        model: a supported vision-language model; in eval mode while the answers are made.
+        processor: its processor, with a chat template.
+        rows: `id, image_id, image (PIL), question`; other keys are carried through. Rows with the
+            same `image_id` and `condition` must hold the same image: it is encoded once.
+        max_new_tokens: bound on each answer.
+        batch_size: rows in one call of `generate`; questions of like length share one.
+        progress: show a progress bar.
+        settings: further arguments of `generate`.
+
+    Yields:
+        The row without its image and with `prediction`; a row that cannot be asked comes back with
+        `error` (the reason) and no `prediction`, and the others go on.
+    """
+    inner, training = unwrap(model), model.training
+    shares = "mm_encoder_outputs" in signature(inner.forward).parameters
+    features = ImageFeatures(inner) if shares else None
+    settings = {"max_new_tokens": max_new_tokens, **settings}
+    source, total = iter(rows), len(rows) if isinstance(rows, Sized) else None
+    with tqdm(total=total, desc="answering", unit="row", disable=not progress) as bar:
+        while window := list(islice(source, WINDOW * batch_size)):
+            model.eval()
+            try:
+                outcomes = _window(model, processor, window, features, batch_size, settings, bar)
+            finally:
+                model.train(training)
+            for row, outcome in zip(window, outcomes, strict=True):
+                yield {**{k: v for k, v in row.items() if k != "image"}, **outcome}
+
+
+def _window(
+    model: nn.Module,
+    processor: Any,
+    rows: list[Row],
+    features: ImageFeatures | None,
+    batch_size: int,
+    settings: Row,
+    bar: tqdm,
+) -> list[Row]:
+    """One `{"prediction"}` or `{"error"}` a row, in the rows' order."""
+    problems = [_problem(row) for row in rows]
+    outcomes: list[Row] = [{"error": problem} for problem in problems]
+    asked = [i for i, problem in enumerate(problems) if problem is None]
+    asked.sort(key=lambda i: (len(rows[i]["question"]), str(rows[i]["image_id"]), i))
+    bar.update(len(rows) - len(asked))
+    for start in range(0, len(asked), batch_size):
+        batch = asked[start : start + batch_size]
+        said = _answer(model, processor, [rows[i] for i in batch], features, settings)
+        for i, text in zip(batch, said, strict=True):
+            outcomes[i] = {"prediction": text}
+        bar.update(len(batch))
+    return outcomes
