@@ -1,0 +1,1 @@
+"""Trainer classes of the recipes."""
