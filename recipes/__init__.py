@@ -1,0 +1,1 @@
+"""Recipes and the command line; each module is a script of its own."""

@@ -1,0 +1,98 @@
+"""What users hand to the command line: images, rows and models, checked before anything expensive.
+
+image = open_image("photo.jpg"); model, processor = load_model("org/model")
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 40_000_000
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An RGB image of at most MAX_PIXELS pixels.
+
+    Raises FileNotFoundError, or ValueError for what is no image, is broken or is too large (judged
+    by its header, before its pixels are decoded).
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such image file")
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(path)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(
+                f"{path} has {width} x {height} pixels, over {MAX_PIXELS:,}: scale it down first"
+            )
+        return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is not an image that Pillow can read ({error})") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """The image files of a folder, sorted. Raises where there is no folder or no image in it."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of images")
+    found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+    return found
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl or .jsonl.gz file. Raises ValueError naming the first bad line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file of rows")
+    opener = gzip.open if str(path).endswith(".gz") else open
+    rows = []
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(f"{path}, line {number} is not a JSON object {{...}}")
+    return rows
+
+
+def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object a line, written aside and renamed."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(target.name + ".aside")
+    aside.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    aside.rename(target)
+
+
+def load_model(name: str | None) -> tuple[Any, Any]:
+    """A supported model in eval mode and its processor; None loads the demo model.
+
+    Raises ValueError where the name is no checkpoint, or its family is not supported.
+    """
+    if name is None:
+        from firsthand.recipes.demo_model import load_demo_model
+
+        return load_demo_model()
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from firsthand.modeling.families import family_of
+
+    try:
+        family_of(AutoConfig.from_pretrained(name))
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval()
+        return model.requires_grad_(False), AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"cannot load the model {name!r}: {first}") from None
