@@ -1,7 +1,8 @@
 """Fetch the sprites and build the scenes data set: the sources behind `datasets_scripts/scenes`.
 
 What it is: the step from npm's emoji packages (drawings of the same nouns in several styles, each
-under a licence that allows adaptation) to a folder of PNG sprites, and from there to Parquet. What it
+under a licence that allows adaptation) to a folder of PNG sprites, and from there to Parquet. What
+it
 is not: needed by the demo or the tests, which use the committed Parquet.
 
     python -m firsthand.recipes.build_scenes --sprites sprites --out scenes --split train=4800

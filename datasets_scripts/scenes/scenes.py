@@ -1,9 +1,10 @@
 """Composed scenes with exact ground truth: sprites of known nouns pasted on backgrounds.
 
-What it is: a self-contained builder. From a folder of sprites (`<style>/<noun>/<k>.png`, RGBA) it draws
-224 x 224 scenes of one to five objects and writes Parquet with, per object, its mask (COCO RLE), box,
-noun, colour and position, and per scene a caption and existence, attribute, position and counting
-questions. What it is not: a source of sprites (`recipes/build_scenes.py` fetches those) or of photographs.
+What it is: a self-contained builder. From a folder of sprites (`<style>/<noun>/<k>.png`, RGBA) it
+draws 224 x 224 scenes of one to five objects and writes Parquet with, per object, its mask (COCO
+RLE), box, noun, colour and position, and per scene a caption and existence, attribute, position and
+counting questions. What it is not: a source of sprites (`recipes/build_scenes.py` fetches those) or
+of photographs.
 
     from firsthand.datasets_scripts.scenes import scenes
     scenes.build("scenes", sprites="sprites", sizes={"train": 4800, "test": 200})
@@ -30,6 +31,7 @@ import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,16 +108,6 @@ def existence_question(noun: str) -> str:
     return f"Is there {with_article(noun)} in the image?"
 
 
-def position_question(noun: str) -> str:
-    """Asks for one of `POSITIONS`."""
-    return f"Where is the {noun}?"
-
-
-def color_question(noun: str) -> str:
-    """Asks for one of `color_of`'s names."""
-    return f"What color is the {noun}?"
-
-
 COUNTING_QUESTION = "How many objects are there?"
 CAPTION_QUESTION = "Describe the image."
 
@@ -170,7 +162,7 @@ def color_of(pixels: np.ndarray) -> tuple[str, float]:
 
 
 def _background(rng: random.Random, theme: str, textures: list[Image.Image]) -> Image.Image:
-    """Plain, gradient or photographic texture; its tint is mostly the theme's: part of the prior."""
+    """Plain, gradient or photographic; its tint is mostly the theme's: part of the prior."""
     hue = THEMES[theme]["hue"] if rng.random() < 0.8 else rng.uniform(0, 360)
 
     def shade() -> np.ndarray:
@@ -320,7 +312,7 @@ def questions(objects: list[dict[str, Any]], rng: random.Random) -> list[dict[st
     rng.shuffle(asked)
     rows = [{"question": existence_question(n), "answer": a, "task": "existence"} for n, a in asked]
     for o in objects:
-        where, color = position_question(o["noun"]), color_question(o["noun"])
+        where, color = f"Where is the {o['noun']}?", f"What color is the {o['noun']}?"
         rows.append({"question": where, "answer": o["position"] + ".", "task": "position"})
         if o["color"]:
             rows.append({"question": color, "answer": o["color"] + ".", "task": "attribute"})
@@ -395,16 +387,12 @@ def iterate(
         textures=str(textures) if textures else None,
         seed=seed,
     )
-    with tqdm(total=count, desc=f"drawing {split}", unit="scene") as bar:
-        if workers == 1:
-            for chunk in map(job, chunks):
-                yield from chunk
-                bar.update(len(chunk))
-            return
-        with ProcessPoolExecutor(workers) as pool:
-            for chunk in pool.map(job, chunks):
-                yield from chunk
-                bar.update(len(chunk))
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=count, desc=f"drawing {split}", unit="scene"))
+        pool = stack.enter_context(ProcessPoolExecutor(workers)) if workers > 1 else None
+        for chunk in pool.map(job, chunks) if pool else map(job, chunks):
+            yield from chunk
+            bar.update(len(chunk))
 
 
 def features() -> Any:
