@@ -1,0 +1,149 @@
+"""The demo's explanations: support and heatmap of every object word, and the warning's threshold.
+
+The support of a word is how much the image raises its probability: the log-likelihood ratio of the
+word's tokens with the image against a blank one (VaLSe's visual-token test, arXiv 2505.17812), in
+nats. A word that the prior would have said anyway has none.
+
+    words = word_maps(model, processor, [(image, question)], threshold, "photographs")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from firsthand.recipes.demo_measure import LEXICON
+from firsthand.recipes.steer import scene_pairs
+
+CALIBRATION_SCENES = 24
+
+
+def blank(image: Image.Image) -> Image.Image:
+    """An image of the same size in its mean colour."""
+    mean = np.asarray(image.convert("RGB")).reshape(-1, 3).mean(0).astype(int)
+    return Image.new("RGB", image.size, tuple(int(v) for v in mean))
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Any, processor: Any, images: list[Image.Image], question: str, answer: str
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Log-probability of each answer token under each image, [images, A], and the tokens' spans."""
+    from firsthand.processing.generation import build_prompt
+
+    prompt = build_prompt(processor, question)
+    encoded = processor.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+    count = len(encoded.input_ids)
+    batch = processor(
+        images=[i.convert("RGB") for i in images],
+        text=[prompt + answer] * len(images),
+        return_tensors="pt",
+    ).to(model.device)
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    logits = model(**batch, logits_to_keep=count + 1).logits[:, :-1].float().log_softmax(-1)
+    wanted = batch["input_ids"][:, -count:, None]
+    return logits.gather(-1, wanted)[..., 0].cpu(), encoded.offset_mapping
+
+
+def supports(
+    model: Any, processor: Any, image: Image.Image, question: str, answer: str
+) -> list[dict[str, Any]]:
+    """`{text, span, node, support}` of each object word of the answer."""
+    mentions = LEXICON.mentions(answer)
+    if not mentions:
+        return []
+    images = [image, blank(image)]
+    chances, spans = log_probabilities(model, processor, images, question, answer)
+    ratio = chances[0] - chances[1]
+    found = []
+    for mention in mentions:
+        inside = [i for i, (a, b) in enumerate(spans) if a < mention.end and b > mention.start]
+        found.append(
+            {
+                "text": answer[mention.start : mention.end],
+                "span": [mention.start, mention.end],
+                "node": mention.node,
+                "support": float(ratio[inside].sum()),
+            }
+        )
+    return found
+
+
+def calibrate(
+    work: Any, model: Any, processor: Any, rows: list[dict], seed: int
+) -> tuple[float, float]:
+    """(threshold, AUROC) of telling true words from swapped-in ones on validation scenes.
+
+    Each scene's true caption is read beside one where a likely absent noun replaces a true one. The
+    threshold maximises balanced accuracy; the rows it comes from are kept as a stage.
+    """
+
+    def make() -> list[dict[str, Any]]:
+        words = []
+        pairs = scene_pairs(rows[:CALIBRATION_SCENES], seed)
+        for row, pair in zip(
+            tqdm(rows[:CALIBRATION_SCENES], desc="calibrating"), pairs, strict=True
+        ):
+            shown = {o["noun"] for o in row["objects"]}
+            for side in pair.values():
+                found = supports(model, processor, row["image"], side["question"], side["answer"])
+                words += [{**w, "true": w["node"] in shown} for w in found]
+        return words
+
+    words = work.rows("warning", make)
+    return best_threshold(words), auroc(words)
+
+
+def best_threshold(words: list[dict[str, Any]]) -> float:
+    """Midpoint between neighbouring supports with the highest balanced accuracy."""
+    true = np.array([w["support"] for w in words if w["true"]])
+    false = np.array([w["support"] for w in words if not w["true"]])
+    points = np.unique(np.concatenate([true, false]))
+    middles = (points[:-1] + points[1:]) / 2
+    accuracy = [(true > m).mean() + (false <= m).mean() for m in middles]
+    return float(middles[int(np.argmax(accuracy))])
+
+
+def auroc(words: list[dict[str, Any]]) -> float:
+    """Chance that a true word has more support than a false one; 0.5 is guessing, 1 the best."""
+    true = np.array([w["support"] for w in words if w["true"]])[:, None]
+    false = np.array([w["support"] for w in words if not w["true"]])
+    return float(((true > false) + 0.5 * (true == false)).mean())
+
+
+def word_maps(
+    model: Any, processor: Any, asked: list[tuple[Image.Image, str]], threshold: float, name: str
+) -> list[dict[str, Any]]:
+    """Answers with heatmaps: `{image, answer, words: [{text, span, support, warned, map}]}`."""
+    from firsthand.modeling import explain
+    from firsthand.modeling.explanation import tokens_within
+    from firsthand.processing.generation import generate_answers
+    from firsthand.processing.overlays import heatmap
+
+    rows = [
+        {"id": str(i), "image_id": str(i), "image": image, "question": question}
+        for i, (image, question) in enumerate(asked)
+    ]
+    answers = list(generate_answers(model, processor, rows, 48, progress=False))
+    found = []
+    for (image, question), said in zip(
+        tqdm(asked, desc=f"explaining {name}", unit="image"), answers, strict=True
+    ):
+        answer, words = said["prediction"], []
+        mentions = supports(model, processor, image, question, answer) if answer else []
+        offsets = processor.tokenizer(
+            answer, add_special_tokens=False, return_offsets_mapping=True
+        ).offset_mapping
+        wanted = sorted({t for w in mentions for t in tokens_within(offsets, *w["span"])})
+        if wanted:
+            explanation = explain(model, processor, image, question, answer, tokens=wanted)
+            for word in mentions:
+                grid = explanation.span(*word["span"]).smooth_map
+                warned = word["support"] <= threshold
+                words.append({**word, "warned": warned, "map": heatmap(image, grid)})
+        found.append({"image": image, "answer": answer, "words": words})
+    return found
