@@ -35,6 +35,8 @@ os.environ.update(
     OMP_WAIT_POLICY="passive",
 )
 os.environ.pop("HF_HUB_OFFLINE", None)
+# `python -m pytest` puts the checkout on the path, where `import spaces` would find our folder
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != TESTS.parent]
 sys.path.insert(0, str(TESTS))  # so that `from tiny_models import ...` works in importlib mode
 
 

@@ -1,7 +1,7 @@
 """A Hub-compatible server on loopback, for tests: the real client pushes and loads over HTTP.
 
-What it is: repos, commits, branches, tags, LFS upload and ranged download in memory, in the shapes that
-huggingface_hub reads. What it is not: a git server, or Xet (set HF_HUB_DISABLE_XET=1).
+What it is: repos, commits, branches, tags, LFS upload and ranged download in memory, in the shapes
+that huggingface_hub reads. What it is not: a git server, or Xet (set HF_HUB_DISABLE_XET=1).
 
     server = start_server(); os.environ["HF_ENDPOINT"] = server.url; ...; server.stop()
 """

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 METRICS = Path(__file__).parents[2] / "metrics"
 USES = {
     "chair": "compute(predictions=['a dog and a cat'], references=[['dog']])['chair_i'] == 0.5",
-    "pope": "compute(predictions=['Yes.', 'no'], references=['yes', 'yes'])['pope_accuracy'] == 0.5",
+    "pope": "compute(predictions=['Yes.', 'no'], references=['yes', 'yes'])['pope_accuracy'] == .5",
     "visual_reliance": None,
 }
 
