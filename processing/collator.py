@@ -17,8 +17,7 @@ import torch
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from firsthand.modeling.families import image_grid, image_token_id
-from firsthand.processing.masks import decode, patch_coverage
-from firsthand.processing.overlays import Frame
+from firsthand.processing.masks import Frame, decode, patch_coverage
 
 IGNORE = -100
 Conflict = Literal["smallest", "first", "most_covered"]

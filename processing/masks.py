@@ -8,13 +8,12 @@ squashed ("resize") or kept ("native"), the central square ("center_crop"), or t
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from firsthand.processing.overlays import Frame
-
+Frame = Literal["resize", "native", "center_crop", "pad"]
 RLE = dict[str, Any]
 Box = tuple[float, float, float, float]
 

@@ -10,12 +10,13 @@ are the caller's.
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-Frame = Literal["resize", "native", "center_crop", "pad"]
+from firsthand.processing.masks import Frame, seen_area
+
 # From dark to bright, each step brighter than the one before, so that it survives grey printing.
 RAMP = np.array(
     [
@@ -77,21 +78,9 @@ def heatmap(
     return result
 
 
-def _area(size: tuple[int, int], frame: Frame) -> tuple[float, float, float, float]:
-    """The box that the model saw, in pixels of an image of `size` (width, height)."""
-    width, height = size
-    if frame in ("resize", "native"):
-        return 0, 0, width, height
-    if frame not in ("center_crop", "pad"):
-        raise ValueError(f"frame is {frame!r}; it must be resize, native, center_crop or pad.")
-    side = min(size) if frame == "center_crop" else max(size)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
 def _lay(values: np.ndarray, size: tuple[int, int], frame: Frame, smooth: bool) -> np.ndarray:
     """`values` [R, C] over an image of `size`, float32 [H, W] in 0..1; 0 where nothing was seen."""
-    left, top, right, bottom = _area(size, frame)
+    left, top, right, bottom = seen_area(size, frame)
     inner = round(right - left), round(bottom - top)
     method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     laid = Image.fromarray(values).resize(inner, method)
@@ -101,7 +90,7 @@ def _lay(values: np.ndarray, size: tuple[int, int], frame: Frame, smooth: bool) 
 
 
 def _draw_cells(image: Image.Image, shape: tuple[int, int], frame: Frame) -> None:
-    left, top, right, bottom = _area(image.size, frame)
+    left, top, right, bottom = seen_area(image.size, frame)
     draw = ImageDraw.Draw(image, "RGBA")
     line = (255, 255, 255, 45)
     for x in np.linspace(left, right, shape[1] + 1)[1:-1]:

@@ -27,7 +27,8 @@ from transformers import ProcessorMixin
 from firsthand.modeling.explanation import Explanation, WordRelevancy
 from firsthand.modeling.relevancy import explain
 from firsthand.modeling.steering import SteeringVector, attach_steering
-from firsthand.processing.overlays import Frame, bars, heatmap, strip_html
+from firsthand.processing.masks import Frame
+from firsthand.processing.overlays import bars, heatmap, strip_html
 
 MODELS = Path(__file__).with_name("models.json")
 MAX_BYTES = 10_000_000
