@@ -61,9 +61,12 @@ POSITIONS = {
     "bottom left": (56, 168),
     "bottom right": (168, 168),
 }
+COUNTING_QUESTION = "How many objects are there?"
+CAPTION_QUESTION = "Describe the image."
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 OBJECTS_PER_SCENE = (1, 2, 2, 3, 3, 3, 4, 4, 5)
 SAME_THEME = 0.85  # chance that an object comes from the scene's theme where the bias holds
+PNG, WEBP = {"format": "PNG"}, {"format": "WEBP", "quality": 90, "method": 6}
 MIN_VISIBLE = 0.6  # share of an object's pixels that later objects may not cover
 JITTER = 10  # pixels around a position's centre
 THEMES: dict[str, dict[str, Any]] = json.loads(
@@ -106,10 +109,6 @@ def caption(objects: list[dict[str, Any]]) -> str:
 def existence_question(noun: str) -> str:
     """The yes/no question that POPE asks, in POPE's form."""
     return f"Is there {with_article(noun)} in the image?"
-
-
-COUNTING_QUESTION = "How many objects are there?"
-CAPTION_QUESTION = "Describe the image."
 
 
 class SpriteFolder:
@@ -364,7 +363,7 @@ def _draw_many(
 
 
 def load_textures(folder: str | Path | None) -> list[Image.Image]:
-    """The photographs of a folder, for backgrounds; they must show none of the nouns."""
+    """A folder's photographs, for backgrounds; they must show none of the nouns."""
     return [Image.open(p).convert("RGB") for p in sorted(Path(folder).iterdir())] if folder else []
 
 
@@ -425,10 +424,7 @@ def write_split(rows: Iterator[dict[str, Any]], folder: Path, split: str, lossy:
 
     def encoded(row: dict[str, Any]) -> dict[str, Any]:
         buffer = io.BytesIO()
-        if lossy:
-            row["image"].save(buffer, "WEBP", quality=90, method=6)
-        else:
-            row["image"].save(buffer, "PNG")
+        row["image"].save(buffer, **(WEBP if lossy else PNG))
         return {**row, "image": {"bytes": buffer.getvalue(), "path": None}}
 
     data = Dataset.from_list([encoded(r) for r in rows], features=features())
