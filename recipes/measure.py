@@ -47,7 +47,7 @@ NEEDED = {
 
 
 def _check(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Raise ValueError naming the first row that lacks a field. Scored or failed rows say nothing."""
+    """Raise ValueError naming the first row that lacks a field; failed rows need no prediction."""
     if not rows:
         raise ValueError(f"{args.predictions} holds no rows: there is nothing to score")
     for number, row in enumerate(rows, 1):

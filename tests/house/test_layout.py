@@ -53,6 +53,8 @@ def test_arrows_point_down(folder):
     for path in python_files(folder):
         used = {m.split(".")[1] for _, m in imports(path) if m.startswith("firsthand.")}
         assert used - {folder} <= LOWER[folder], f"{path.relative_to(ROOT)} imports {used}"
+        depth = len(path.relative_to(ROOT).parts) - 1  # so many dots stay inside the folder
+        assert max([level for level, _ in imports(path)], default=0) <= depth, path
 
 
 def test_modeling_is_exportable():
