@@ -6,8 +6,11 @@ rows = load_scenes("test", 40); photos = package_photos()
 from __future__ import annotations
 
 import importlib.util
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from firsthand.datasets_scripts.scenes import scenes
 
@@ -26,17 +29,15 @@ def load_scenes(
 
     Read straight from Parquet: no cache folder is written and nothing is fetched.
     """
-    from datasets import Dataset
+    import pyarrow.parquet as parquet
 
     folder = folder or SCENES
     file = folder / split / f"{split}-00000-of-00001.parquet"
     if not file.exists():
         known = sorted(p.name for p in folder.iterdir() if p.is_dir())
         raise ValueError(f"{folder} has no scenes of split {split!r}: only {', '.join(known)}")
-    import pyarrow.parquet as parquet
-
-    rows = Dataset(parquet.read_table(file)).cast(scenes.features())
-    return [rows[i] for i in range(min(len(rows), count or len(rows)))]
+    rows = parquet.read_table(file).slice(0, count).to_pylist()
+    return [{**r, "image": Image.open(BytesIO(r["image"]["bytes"]))} for r in rows]
 
 
 def package_photos() -> list[Path]:

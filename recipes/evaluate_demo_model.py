@@ -28,7 +28,7 @@ def evaluate(model: Any, processor: Any, split: str, rows: list[dict], seed: int
     found = []
     asked = demo_rows.caption_rows(rows) + demo_rows.existence_rows(rows, seed)
     for arm, questions in (("plain", asked), ("shuffled", demo_rows.shuffled(asked))):
-        said = list(generate_answers(model, processor, questions, MAX_NEW_TOKENS, batch_size=16))
+        said = list(generate_answers(model, processor, questions, MAX_NEW_TOKENS, batch_size=32))
         protocol = results.protocol(
             ids=[r["id"] for r in said],
             prompt=scenes.CAPTION_QUESTION,

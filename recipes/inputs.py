@@ -10,14 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 40_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An RGB image of at most MAX_PIXELS pixels.
+    """An RGB image of at most MAX_PIXELS pixels, turned as its EXIF orientation says.
 
     Raises FileNotFoundError, or ValueError for what is no image, is broken or is too large (judged
     by its header, before its pixels are decoded).
@@ -32,7 +32,7 @@ def open_image(path: str | Path) -> Image.Image:
             raise ValueError(
                 f"{path} has {width} x {height} pixels, over {MAX_PIXELS:,}: scale it down first"
             )
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} is not an image that Pillow can read ({error})") from None
     finally:

@@ -299,6 +299,7 @@ def trainable_model(model: Any, adapter_folder: Path | None = None) -> Any:
         modules_to_save=["multi_modal_projector"],
     )
     model = model.to(torch.bfloat16)
+    wrapped: Any
     if adapter_folder is None:
         wrapped = get_peft_model(model, adapter)
     else:
