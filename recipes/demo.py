@@ -223,13 +223,26 @@ def caught(demo: Demo) -> list[dict[str, Any]]:
     ]
 
 
+def picture(mapped: list[dict[str, Any]]) -> Any:
+    """The scene's maps side by side; a scene with both a seen and a warned word if there is one."""
+    from firsthand.processing.overlays import contact_sheet
+
+    both = [m for m in mapped if {w["warned"] for w in m["words"]} == {True, False}]
+    chosen = max(both or mapped, key=lambda m: len(m["words"]))
+    captions = [chosen["answer"]] + [
+        f"{w['text']}: support {w['support']:.1f}" + (", warned" if w["warned"] else "")
+        for w in chosen["words"]
+    ]
+    return contact_sheet([chosen["image"], *(w["map"] for w in chosen["words"])], captions)
+
+
 def write(
     demo: Demo,
     rows: list[dict[str, Any]],
     explained: dict[str, Any],
     strength: float,
 ) -> None:
-    """The HTML report."""
+    """The HTML report, and one picture."""
     from firsthand.processing.overlays import bars
 
     wanted = [r for r in rows if r["metric"] == "visual_reliance" and not isnan(r["value"])]
@@ -274,6 +287,7 @@ def write(
                 "".join(demo_report.word_maps(m) for m in explained["photographs"]),
             )
         )
+    picture(explained["scenes"]).save(demo.out / "heatmap.png")
     model = demo.args.model or "the demo model (DINOv2-small + SmolLM2-135M)"
     demo_report.write_report(
         demo.out / "report.html",

@@ -75,7 +75,8 @@ def check(out: Path, result: dict) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_row_comes_out_once(source, tmp_path, workers):
+def test_every_row_comes_out_once(source, tmp_path, workers, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where workers find this module
     check(tmp_path, run_stages(source, tmp_path, [Number()], workers))
 
 
