@@ -31,10 +31,10 @@ from firsthand.recipes.inputs import image_files, load_model, open_image, read_r
 from firsthand.recipes.steer import scene_pairs
 
 SPLITS = ("test", "test_prior", "test_unseen")
-STRENGTHS = (0.5, 1.0, 2.0)
+STRENGTHS = (0.3, 0.6, 1.0)
 MAX_NEW_TOKENS = 48
 KEEP_RECALL = 0.95  # share of the plain recall that a chosen strength must keep on validation
-MAPPED_SCENES = 6  # scenes of test_prior whose words get heatmaps
+MAPPED_SCENES = 16  # scenes of test_prior whose words get heatmaps
 NAMES = {
     "chair_i": "CHAIR_i (hallucinated mentions, lower is better)",
     "chair_s": "CHAIR_s (captions with one, lower is better)",
@@ -132,7 +132,7 @@ class Demo:
         folder = self.work.stages / "steering"
         if not folder.exists():
             print("\nfitting a steering vector")
-            pairs = scene_pairs(self.validation[: len(self.validation) // 2], self.args.seed)
+            pairs = scene_pairs(self.validation[: len(self.validation) // 2])
             aside = self.work.stages / "steering-aside"
             fit_steering(self.model, self.processor, pairs).save_pretrained(aside)
             aside.rename(folder)

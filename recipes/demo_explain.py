@@ -9,6 +9,7 @@ nats. A word that the prior would have said anyway has none.
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from firsthand.datasets_scripts.scenes import scenes
 from firsthand.recipes.demo_measure import LEXICON
-from firsthand.recipes.steer import scene_pairs
+from firsthand.recipes.demo_rows import blank, swapped_caption
 
 CALIBRATION_SCENES = 24
-
-
-def blank(image: Image.Image) -> Image.Image:
-    """An image of the same size in its mean colour."""
-    mean = np.asarray(image.convert("RGB")).reshape(-1, 3).mean(0).astype(int)
-    return Image.new("RGB", image.size, tuple(int(v) for v in mean))
 
 
 @torch.inference_mode()
@@ -83,14 +79,11 @@ def calibrate(
     """
 
     def make() -> list[dict[str, Any]]:
-        words = []
-        pairs = scene_pairs(rows[:CALIBRATION_SCENES], seed)
-        for row, pair in zip(
-            tqdm(rows[:CALIBRATION_SCENES], desc="calibrating"), pairs, strict=True
-        ):
+        words, rng = [], random.Random(seed)
+        for row in tqdm(rows[:CALIBRATION_SCENES], desc="calibrating", unit="scene"):
             shown = {o["noun"] for o in row["objects"]}
-            for side in pair.values():
-                found = supports(model, processor, row["image"], side["question"], side["answer"])
+            for caption in (row["caption"], swapped_caption(row, rng)):
+                found = supports(model, processor, row["image"], scenes.CAPTION_QUESTION, caption)
                 words += [{**w, "true": w["node"] in shown} for w in found]
         return words
 

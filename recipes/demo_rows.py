@@ -67,6 +67,25 @@ def _filled(image: Image.Image, box: Box) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def blank(image: Image.Image) -> Image.Image:
+    """An image of the same size in its mean colour."""
+    return _filled(image, (0, 0, *image.size))
+
+
+def swapped_caption(row: Row, rng: random.Random) -> str:
+    """A scene's caption with one object replaced by an absent one, of the same theme if possible.
+
+    The hallucination that the co-occurrence prior would make.
+    """
+    objects = [dict(o) for o in row["objects"]]
+    present = {o["noun"] for o in objects}
+    wrong = rng.choice(objects)
+    theme = scenes.NOUNS[wrong["noun"]]
+    likely = [n for n in scenes.NOUNS if scenes.NOUNS[n] == theme and n not in present]
+    wrong["noun"] = rng.choice(likely or [n for n in scenes.NOUNS if n not in present])
+    return scenes.caption(objects)
+
+
 def _elsewhere(box: Box, size: tuple[int, int], rng: random.Random) -> Box:
     """A box of the same size that overlaps the given one least, of 32 random places."""
     width, height = box[2] - box[0], box[3] - box[1]
@@ -95,12 +114,11 @@ def reliance_rows(rows: list[Row], seed: int = 0) -> list[Row]:
         image = row["image"].convert("RGB")
         left, top, right, bottom = (int(v) for v in chosen["box"])
         box = (left, top, right, bottom)
-        whole = (0, 0, *image.size)
         images = {
             "plain": image,
             "masked": _filled(image, box),
             "control": _filled(image, _elsewhere(box, image.size, rng)),
-            "blank": _filled(image, whole),
+            "blank": blank(image),
         }
         out += [
             {

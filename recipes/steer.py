@@ -7,37 +7,27 @@ firsthand steer apply --vector vector --image photo.jpg --strength 1.0
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from firsthand.datasets_scripts.scenes import scenes
+from firsthand.recipes.demo_rows import blank
 from firsthand.recipes.inputs import load_model, open_image, read_rows
 
 
-def scene_pairs(rows: Iterable[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """One contrast pair a scene: its true caption, against one that names a likely absent object.
+def scene_pairs(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One contrast pair a scene: its true caption with the image, against the same with a blank one.
 
-    The absent noun is of the same theme as the one that it replaces: the hallucination that the
-    co-occurrence prior would make (the contrast of VTI's text side, arXiv 2410.15778).
+    The direction is what seeing adds to saying the same words (the contrast that VaLSe, arXiv
+    2505.17812, makes in the image, at its extreme).
     """
-    rng, pairs = random.Random(seed), []
+    pairs = []
     for row in rows:
-        objects = [dict(o) for o in row["objects"]]
-        present = {o["noun"] for o in objects}
-        wrong = rng.choice(objects)
-        theme = scenes.NOUNS[wrong["noun"]]
-        likely = [n for n in scenes.NOUNS if scenes.NOUNS[n] == theme and n not in present]
-        truth = scenes.caption(objects)
-        wrong["noun"] = rng.choice(likely or [n for n in scenes.NOUNS if n not in present])
-        side = {"image": row["image"], "question": scenes.CAPTION_QUESTION}
-        pairs.append(
-            {
-                "positive": {**side, "answer": truth},
-                "negative": {**side, "answer": scenes.caption(objects)},
-            }
-        )
+        said = {"question": scenes.CAPTION_QUESTION, "answer": row["caption"]}
+        image = row["image"].convert("RGB")
+        seen, unseen = {**said, "image": image}, {**said, "image": blank(image)}
+        pairs.append({"positive": seen, "negative": unseen})
     return pairs
 
 

@@ -56,7 +56,7 @@ class Scripted:
         if fault == "500":
             return Response("broken", 500)
         if fault == "timeout":
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(4)
             return Response("late", 500)
         if fault == "truncated":
             return Response('{"choices": [{"mess', 200, media_type="application/json")
@@ -111,7 +111,7 @@ def number_of(text):
 def test_faults_lose_nothing_and_ask_nothing_twice(serve, tmp_path):
     server = serve(share=0.2)
     endpoint = Endpoint(
-        server.url, "m", KEY, tmp_path, concurrency=16, max_retries=12, timeout=0.3, backoff=0.01
+        server.url, "m", KEY, tmp_path, concurrency=16, max_retries=12, timeout=2.0, backoff=0.01
     )
     replies = endpoint.ask_many([question(i) for i in range(300)], number_of, progress=False)
     assert [r.value for r in replies] == list(range(300))

@@ -115,9 +115,9 @@ def test_packed_branches_are_conversations_of_their_own(demo):
 def test_the_projector_starts_as_the_closed_form_map():
     generator = torch.Generator().manual_seed(0)
     projector = nn.Module()
-    projector.linear_1, projector.linear_2 = nn.Linear(300, 256), nn.Linear(256, 64)
-    low = torch.randn(300, 20, generator=generator) @ torch.randn(20, 64, generator=generator)
-    mean_x, mean_y = torch.randn(300, generator=generator), torch.randn(64, generator=generator)
+    projector.linear_1, projector.linear_2 = nn.Linear(300, 256), nn.Linear(256, 128)
+    low = torch.randn(300, 20, generator=generator) @ torch.randn(20, 128, generator=generator)
+    mean_x, mean_y = torch.randn(300, generator=generator), torch.randn(128, generator=generator)
     train_demo_model.start_projector(projector, low, mean_x, mean_y)
     x = torch.randn(10, 300, generator=generator)
     out = projector.linear_2(nn.functional.gelu(projector.linear_1(x)))
