@@ -17,7 +17,7 @@ from firsthand.recipes.inputs import load_model, open_image, read_rows
 
 
 def scene_pairs(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One contrast pair a scene: its true caption with the image, against the same with a blank one.
+    """One contrast pair a scene: its true caption with the image, and with a blank one.
 
     The direction is what seeing adds to saying the same words (the contrast that VaLSe, arXiv
     2505.17812, makes in the image, at its extreme).
