@@ -224,11 +224,11 @@ def caught(demo: Demo) -> list[dict[str, Any]]:
 
 
 def picture(mapped: list[dict[str, Any]]) -> Any:
-    """The scene's maps side by side; a scene with both a seen and a warned word if there is one."""
+    """The maps of one scene side by side: of those with three words or more, the best supported."""
     from firsthand.processing.overlays import contact_sheet
 
-    both = [m for m in mapped if {w["warned"] for w in m["words"]} == {True, False}]
-    chosen = max(both or mapped, key=lambda m: len(m["words"]))
+    long = [m for m in mapped if len(m["words"]) >= 3] or mapped
+    chosen = max(long, key=lambda m: min([w["support"] for w in m["words"]], default=0.0))
     captions = [chosen["answer"]] + [
         f"{w['text']}: support {w['support']:.1f}" + (", warned" if w["warned"] else "")
         for w in chosen["words"]

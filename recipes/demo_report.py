@@ -25,7 +25,8 @@ table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:ta
 th,td{padding:6px 8px;border-bottom:1px solid var(--line);text-align:right}
 th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 td small{color:var(--mute)}
-.card{display:flex;gap:16px;flex-wrap:wrap;padding:14px 0;border-bottom:1px solid var(--line)}
+.card{display:flex;align-items:flex-start;gap:16px;flex-wrap:wrap;
+padding:14px 0;border-bottom:1px solid var(--line)}
 .card img,.maps img{width:176px;border-radius:6px;display:block}
 .maps{display:flex;gap:10px;flex-wrap:wrap}figure{margin:0;width:176px}
 figcaption{font-size:13px;color:var(--mute);margin-top:4px}

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 BLOCK = """
 import sys
@@ -28,6 +29,7 @@ def run_fresh(code: str, **env: str) -> str:
         capture_output=True,
         text=True,
         env={**environment, **env},
+        cwd=tempfile.gettempdir(),  # where no folder of ours can be imported
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.strip()

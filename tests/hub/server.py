@@ -101,7 +101,8 @@ class Store:
 
     def commit(self, repo: Repo, branch: str, files: Files, title: str) -> str:
         parent = repo.branches.get(branch)
-        seed = json.dumps([repo.kind, repo.id, parent, title, len(repo.commits)])
+        listed = sorted((path, blob.oid) for path, blob in files.items())
+        seed = json.dumps([repo.kind, repo.id, parent, title, len(repo.commits), listed])
         oid = hashlib.sha1(seed.encode()).hexdigest()
         repo.commits[oid] = (files, parent, title)
         repo.branches[branch] = oid
@@ -246,8 +247,11 @@ class Handlers:
         return JSONResponse(row)
 
     async def tree(self, request: Request) -> Response:
+        raw = request.scope["raw_path"].decode().split("?")[0]  # a revision may hold %2F
+        revision, _, path = raw.split("/tree/", 1)[1].partition("/")
+        request.path_params["rev"] = revision
         _, oid, files = self.at(request)
-        base = unquote(request.path_params.get("path", "")).strip("/")
+        base = unquote(path).strip("/")
         deep = request.query_params.get("recursive", "").lower() == "true"
         start = base + "/" if base else ""
         inside = {p: b for p, b in sorted(files.items()) if p.startswith(start)}
@@ -432,8 +436,7 @@ def application(handlers: Handlers) -> Starlette:
         Route("/api/telemetry/{rest:path}", h.empty, methods=["GET", "HEAD"]),
         Route(repo, h.info),
         Route(repo + "/revision/{rev:path}", h.info),
-        Route(repo + "/tree/{rev}", h.tree),
-        Route(repo + "/tree/{rev}/{path:path}", h.tree),
+        Route(repo + "/tree/{rest:path}", h.tree),
         Route(repo + "/paths-info/{rev:path}", h.paths_info, methods=post),
         Route(repo + "/refs", h.refs),
         Route(repo + "/commits/{rev:path}", h.commits),

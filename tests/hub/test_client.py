@@ -74,6 +74,7 @@ def test_revisions(api, repo, tmp_path):
         return open(hf_hub_download(name, "sub/note.txt", revision=revision), "rb").read()
 
     assert read("feature/x") == b"changed"
+    assert "sub" in {e.path for e in api.list_repo_tree(name, revision="feature/x")}
     assert read("main") == read("v1") == read(first) == b"note"
     refs = api.list_repo_refs(name)
     assert {b.name for b in refs.branches} == {"main", "feature/x"}

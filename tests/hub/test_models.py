@@ -35,7 +35,7 @@ def logits_of(model, inputs):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pushed(request, hub, tmp_path_factory):
-    """(repo, steered logits, plain logits) of a pushed grounded model with steering and head."""
+    """(repo, steered logits, plain logits, vision head) of a pushed grounded model."""
     from huggingface_hub import HfApi
     from safetensors.torch import save_file
 
@@ -60,36 +60,38 @@ def pushed(request, hub, tmp_path_factory):
     model.push_to_hub(repo)
     processor.push_to_hub(repo)
     file = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
-    save_file({**inputs, "plain": plain, "steered": steered}, file)
     api = HfApi(endpoint=hub.url, token=hub.token)
     save_file(inputs, file)
     api.upload_file(path_or_fileobj=file, path_in_repo="inputs.safetensors", repo_id=repo)
-    return repo, steered, plain
+    return repo, steered, plain, model.vision_head.weight.detach().clone()
 
 
 @pytest.mark.parametrize(
     "auto", ["AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
 )
 def test_remote_code_gives_the_same_model(pushed, auto, tmp_path):
-    repo, steered, _ = pushed
+    repo, steered, plain, vision_head = pushed
     code = (
         LOAD.format(repo=repo)
         + f"""
 model = transformers.{auto}.from_pretrained({repo!r}, trust_remote_code=True).eval()
-found = (logits(model), model.vision_head.weight, model.steering_strength)
+found = [logits(model), model.vision_head.weight, model.steering_strength.clone()]
+model.set_steering(strength=0.0)
+found.append(logits(model))
 torch.save(found, {str(tmp_path / "o")!r})
 print(type(model).__name__)
 """
     )
     assert run_fresh(code).splitlines()[-1].startswith("Grounded")
-    got, head, strength = torch.load(tmp_path / "o")
+    got, head, strength, off = torch.load(tmp_path / "o")
     assert torch.equal(got, steered)
-    assert head.shape[0] == got.shape[-1]
+    assert torch.equal(off, plain)
+    assert torch.equal(head, vision_head)
     assert float(strength) == 1.5
 
 
 def test_the_stock_class_reads_the_same_repo_without_remote_code(pushed, tmp_path):
-    repo, _, plain = pushed
+    repo, _, plain, _ = pushed
     code = (
         LOAD.format(repo=repo)
         + f"""
