@@ -249,8 +249,11 @@ def demo_checkpoint(adapter: Path = ADAPTER) -> Path:
     try:
         merged.to(torch.bfloat16).save_pretrained(aside)
         processor.save_pretrained(aside)
-        if not target.exists():
+        try:
             aside.rename(target)
+        except OSError:  # another process was faster
+            if not (target / "config.json").exists():
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target

@@ -49,7 +49,7 @@ print(snapshot_download({repo!r}, repo_type="space", local_dir={str(tmp_path / "
     try:
         page = wait_for(f"http://127.0.0.1:{port}/", app)
     finally:
-        app.terminate()
+        app.kill()
         app.wait(20)
     assert "gradio" in page
 

@@ -83,6 +83,24 @@ def test_the_checkpoint_is_what_the_stock_class_loads(demo):
 
 
 @needs_wheels
+def test_a_conversion_that_another_process_finished_first_is_used(monkeypatch, tmp_path):
+    finished = demo_model.demo_checkpoint()
+    monkeypatch.setenv("FIRSTHAND_CACHE", str(tmp_path))
+    target = tmp_path / finished.name
+    assemble = demo_model.assemble
+
+    def slow():
+        built = assemble()
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+        return built
+
+    monkeypatch.setattr(demo_model, "assemble", slow)
+    assert demo_model.demo_checkpoint() == target
+    assert [p.name for p in tmp_path.iterdir()] == [target.name]
+
+
+@needs_wheels
 def test_packed_branches_are_conversations_of_their_own(demo):
     """Every branch of the packed sequence computes what the question asked alone does."""
     model, processor = demo
