@@ -106,6 +106,11 @@ def caption(objects: list[dict[str, Any]]) -> str:
     return ", ".join(f"{with_article(o['noun'])} {o['position']}" for o in objects) + "."
 
 
+def dense_captions(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A phrase and its box in pixels an object: `{"caption": "red car", "box": [...]}`."""
+    return [{"caption": f"{o['color']} {o['noun']}".strip(), "box": o["box"]} for o in objects]
+
+
 def existence_question(noun: str) -> str:
     """The yes/no question that POPE asks, in POPE's form."""
     return f"Is there {with_article(noun)} in the image?"
@@ -248,21 +253,17 @@ def _place(
     return sprite, (min(max(x, 0), SIZE - size[0]), min(max(y, 0), SIZE - size[1]))
 
 
-def _encode(mask: np.ndarray) -> dict[str, Any]:
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [SIZE, SIZE], "counts": rle["counts"].decode("ascii")}
-
-
 def _describe(noun: str, style: str, position: str, mask: np.ndarray, image: np.ndarray) -> dict:
     ys, xs = np.nonzero(mask)
     color, share = color_of(image[mask])
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {
         "noun": noun,
         "style": style,
         "color": color if share >= 0.45 else "",
         "position": position,
         "box": [float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1)],
-        "mask": _encode(mask),
+        "mask": {"size": [SIZE, SIZE], "counts": rle["counts"].decode("ascii")},
         "area": int(mask.sum()),
     }
 

@@ -60,6 +60,9 @@ def test_ground_truth_is_consistent(split):
         assert 1 <= len(nouns) == len(set(nouns)) <= 5
         assert len({o["position"] for o in row["objects"]}) == len(nouns)
         assert row["caption"] == scenes.caption(row["objects"])
+        dense = scenes.dense_captions(row["objects"])
+        assert [d["box"] for d in dense] == [o["box"] for o in row["objects"]]
+        assert all(d["caption"].endswith(n) for d, n in zip(dense, nouns, strict=True))
         answers = Counter((q["task"], q["answer"]) for q in row["questions"])
         assert answers["existence", "Yes."] == answers["existence", "No."] == len(nouns)
         assert answers["counting", scenes.NUMBERS[len(nouns)] + "."] == 1
