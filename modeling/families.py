@@ -3,21 +3,23 @@
 It is the only place that knows where a native transformers class keeps its decoder layers, its
 vision encoder and its image tokens. It is not a model zoo: nothing is built, patched or downloaded.
 
-    from firsthand.modeling.families import decoder_layers, image_grid
-    decoder_layers(model)[0]; image_grid(model.config)
+    from firsthand.modeling.families import decoder_layers, image_grids
+    decoder_layers(model)[0]; image_grids(model.config, processor(images=..., text=...))
 
 A new family is one row in `FAMILIES` (and, for a new vision encoder or text model, one row in
 `VISION_TOWERS` or `STEERED_MODULES`); it counts as supported when `tests/modeling/test_families.py`
 passes with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+Grid = tuple[int, int]  # rows and columns
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,23 @@ class Family:
         language_model: path of the text decoder.
         layers: path of the list of decoder layers.
         vision_tower: path of the vision encoder.
-        image_token: config field with the id of the image token.
+        projector: path of what turns the encoder's outputs into image tokens.
         merge: patches on each side of the square that one image token stands for.
+        grids: the image tokens' grids in prepared inputs, where these decide; None where the config
+            fixes one grid for all images.
+        relevancy: whether `explain` covers it.
+        image_token: config field with the id of the image token.
     """
 
     model_type: str
     language_model: str
     layers: str
     vision_tower: str
-    image_token: str
+    projector: str
     merge: Callable[[PreTrainedConfig], int]
+    grids: Callable[[PreTrainedConfig, Mapping[str, Any]], list[Grid]] | None = None
+    relevancy: bool = True
+    image_token: str = "image_token_id"
 
 
 @dataclass(frozen=True)
@@ -59,13 +68,56 @@ def _pixel_shuffle(config: PreTrainedConfig) -> int:
     return round(1 / config.downsample_ratio)
 
 
+def _spatial_merge(config: PreTrainedConfig) -> int:
+    return config.vision_config.spatial_merge_size
+
+
+def _scale_factor(config: PreTrainedConfig) -> int:
+    return config.scale_factor
+
+
+def _thw_grids(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[Grid]:
+    """Qwen: every image keeps its shape, and `image_grid_thw` counts its patches."""
+    if "image_grid_thw" not in inputs:
+        return []
+    merge = _spatial_merge(config)
+    return [
+        (h // merge, w // merge) for _, h, w in torch.as_tensor(inputs["image_grid_thw"]).tolist()
+    ]
+
+
+def _qwen(model_type: str) -> Family:
+    return Family(
+        model_type=model_type,
+        language_model="language_model",
+        layers="language_model.layers",
+        vision_tower="visual",
+        projector="visual.merger",
+        merge=_spatial_merge,
+        grids=_thw_grids,
+        relevancy=False,
+    )
+
+
+def _idefics3(model_type: str) -> Family:
+    return Family(
+        model_type=model_type,
+        language_model="text_model",
+        layers="text_model.layers",
+        vision_tower="vision_model",
+        projector="connector",
+        merge=_scale_factor,
+        relevancy=False,
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(
         model_type="llava",
         language_model="language_model",
         layers="language_model.layers",
         vision_tower="vision_tower",
-        image_token="image_token_id",
+        projector="multi_modal_projector",
         merge=_one_patch,
     ),
     "internvl": Family(
@@ -73,9 +125,23 @@ FAMILIES: dict[str, Family] = {
         language_model="language_model",
         layers="language_model.layers",
         vision_tower="vision_tower",
-        image_token="image_token_id",
+        projector="multi_modal_projector",
         merge=_pixel_shuffle,
     ),
+    "qwen2_vl": _qwen("qwen2_vl"),
+    "qwen2_5_vl": _qwen("qwen2_5_vl"),
+    "idefics3": _idefics3("idefics3"),
+    "smolvlm": _idefics3("smolvlm"),
+}
+
+Q_FORMER = (
+    "its image tokens are the queries of a Q-Former, which look at the whole image: none has a "
+    "place in it, so there is nothing to label, and no grid to draw"
+)
+REFUSED: dict[str, str] = {
+    "blip-2": Q_FORMER,
+    "instructblip": Q_FORMER,
+    "instructblipvideo": Q_FORMER,
 }
 
 VISION_TOWERS: dict[str, VisionTower] = {
@@ -83,6 +149,10 @@ VISION_TOWERS: dict[str, VisionTower] = {
     "siglip_vision_model": VisionTower("encoder.layers", prefix_tokens=0),
     "dinov2": VisionTower("encoder.layer", prefix_tokens=1),
     "internvl_vision": VisionTower("encoder.layer", prefix_tokens=1),
+    "qwen2_vl_vision": VisionTower("blocks", prefix_tokens=0),
+    "qwen2_5_vl_vision": VisionTower("blocks", prefix_tokens=0),
+    "idefics3_vision": VisionTower("encoder.layers", prefix_tokens=0),
+    "smolvlm_vision": VisionTower("encoder.layers", prefix_tokens=0),
 }
 
 STEERED_MODULES: dict[str, str] = {
@@ -90,6 +160,8 @@ STEERED_MODULES: dict[str, str] = {
     "mistral": "mlp",
     "qwen2": "mlp",
     "qwen3": "mlp",
+    "qwen2_vl_text": "mlp",
+    "qwen2_5_vl_text": "mlp",
 }
 
 
@@ -127,9 +199,13 @@ def family_of(model_or_config: nn.Module | PreTrainedConfig) -> Family:
     """The table row of a model (wrapped or not) or of its config.
 
     Raises:
-        ValueError: for a model type without a row; the message says how to add one.
+        ValueError: for a model type that cannot be served, with the reason, or that has no row; the
+            message then says how to add one.
     """
-    return _row(FAMILIES, _config(model_or_config).model_type, "model type", "FAMILIES")
+    model_type = _config(model_or_config).model_type
+    if model_type in REFUSED:
+        raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}.")
+    return _row(FAMILIES, model_type, "model type", "FAMILIES")
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -166,7 +242,12 @@ def image_mask(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     return input_ids == image_token_id(_config(model))
 
 
-def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
+def projector(model: nn.Module) -> nn.Module:
+    """What turns the vision encoder's outputs into image tokens."""
+    return unwrap(model).base_model.get_submodule(family_of(model).projector)
+
+
+def patch_grid(config: PreTrainedConfig) -> Grid:
     """Rows and columns of the vision encoder's patches for one image of the configured size."""
     vision = config.vision_config
     height, width = _pair(vision.image_size)
@@ -174,20 +255,26 @@ def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
     return height // patch_height, width // patch_width
 
 
-def image_grid(config: PreTrainedConfig) -> tuple[int, int]:
+def image_grid(config: PreTrainedConfig) -> Grid:
     """Rows and columns of the image tokens of one image; token i lies at (i // C, i % C).
 
     Each token stands for `family.merge(config)` x `family.merge(config)` neighbouring patches.
 
     Raises:
-        ValueError: when the image tokens do not lie on a grid (a CLS token is among them, or the
-            patches cannot be merged evenly).
+        ValueError: when the image decides about the grid (ask `image_grids`), or the tokens do not
+            lie on one (a CLS token is among them, or the patches cannot be merged evenly).
     """
     family, vision = family_of(config), _vision_row(config)
-    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
+    if family.grids is not None:
+        raise ValueError(
+            f"{family.model_type!r} gives every image a grid of its own shape: prepare the image "
+            "and ask image_grids(config, inputs)."
+        )
+    strategy = config.to_dict().get("vision_feature_select_strategy")
+    dropped = {"default": 1, "full": 0, None: vision.prefix_tokens}[strategy]
     if dropped != vision.prefix_tokens:
         raise ValueError(
-            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} drops "
+            f"vision_feature_select_strategy={strategy!r} drops "
             f"{dropped} of the encoder's outputs, but {config.vision_config.model_type!r} has "
             f"{vision.prefix_tokens} before its patches, so the image tokens are no grid. "
             f"Use {'default' if vision.prefix_tokens else 'full'!r}."
@@ -201,9 +288,36 @@ def image_grid(config: PreTrainedConfig) -> tuple[int, int]:
     return grid[0] // merge, grid[1] // merge
 
 
+def image_grids(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[Grid]:
+    """One grid (see `image_grid`) for each image of a prepared batch, in the order of its tokens.
+
+    Args:
+        config: the model's config.
+        inputs: what its processor returned: input_ids [B, T] and what belongs to the images. The
+            tiles of a split image count as images of their own.
+
+    Raises:
+        ValueError: when the image tokens in input_ids are not those of whole grids.
+    """
+    family = family_of(config)
+    tokens = int((torch.as_tensor(inputs["input_ids"]) == image_token_id(config)).sum())
+    if family.grids is not None:
+        grids = family.grids(config, inputs)
+    else:
+        rows, columns = image_grid(config)
+        grids = [(rows, columns)] * (tokens // (rows * columns))
+    if sum(rows * columns for rows, columns in grids) != tokens:
+        raise ValueError(
+            f"The inputs hold {tokens} image tokens, which are not those of grids "
+            f"{sorted(set(grids)) or image_grid(config)}. Use the model's own processor, whose "
+            "image size and token count belong to it, and do not truncate."
+        )
+    return grids
+
+
 def _vision_row(config: PreTrainedConfig) -> VisionTower:
     return _row(VISION_TOWERS, config.vision_config.model_type, "vision encoder", "VISION_TOWERS")
 
 
-def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+def _pair(size: int | list[int] | tuple[int, ...]) -> Grid:
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -74,6 +74,11 @@ def explain(
     if not question.strip():
         raise ValueError("The question is empty; ask something about the image.")
     inner = unwrap(model)
+    if not family_of(inner).relevancy:
+        raise ValueError(
+            f"explain does not cover {inner.config.model_type!r}: its relevancy was not checked "
+            "against the full-matrix rule. Steering, vision modeling and head grids do."
+        )
     vision_layers(inner)
     inputs = _inputs(inner, processor, image, question)
     with _frozen(inner):

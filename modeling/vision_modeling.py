@@ -1,9 +1,9 @@
 """Vision modeling (FiVL, arXiv 2412.14672, section 4): image positions must predict words.
 
 The loss is the cross-entropy of the head's logits *at* each labelled image position (no shift)
-against that position's vision label, computed at labelled positions only. Not a trainer: call
-`combined_loss` from `Trainer.compute_loss`. It serves native classes too; TRL's trainers replace
-`model.forward`, so a loss inside `forward` would be ignored there.
+against that position's vision label. Logits are computed where a label stands and nowhere else, for
+both losses. Not a trainer: call `combined_loss` from `Trainer.compute_loss`. It serves native
+classes too; TRL's trainers replace `model.forward`, so a loss inside `forward` would be ignored.
 
     loss, language, vision = combined_loss(model, batch, vision_weight=0.1)
 """
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .families import image_grid, image_mask, unwrap
+from .families import image_grids, image_mask, unwrap
 
 IGNORE = -100
 
@@ -55,9 +55,32 @@ def vision_modeling_loss(
             f"vision_labels has shape {tuple(vision_labels.shape)} but hidden has positions "
             f"{tuple(hidden.shape[:2])}. Give one label (or -100) for each input position."
         )
-    labelled = vision_labels != IGNORE
-    logits = _read(hidden[labelled], head_weight)
-    total = F.cross_entropy(logits.float(), vision_labels[labelled], reduction="sum")
+    return _cross_entropy(hidden, vision_labels, head_weight, num_items)
+
+
+def language_modeling_loss(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head_weight: torch.Tensor | nn.Module,
+    num_items: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of each label against the position before it: what `model(labels=...)` gives.
+
+    Arguments as in `vision_modeling_loss`; `labels` is int64 [B, T], -100 for none.
+    """
+    return _cross_entropy(hidden[:, :-1], labels[:, 1:], head_weight, num_items)
+
+
+def _cross_entropy(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: torch.Tensor | nn.Module,
+    num_items: int | torch.Tensor | None,
+) -> torch.Tensor:
+    labels = labels.to(hidden.device)
+    labelled = labels != IGNORE
+    logits = _read(hidden[labelled], head)
+    total = F.cross_entropy(logits.float(), labels[labelled], reduction="sum")
     return total / (max(len(logits), 1) if num_items is None else num_items)
 
 
@@ -93,20 +116,27 @@ def combined_loss(
             at positions that hold no image token.
     """
     _check(model, inputs, vision_weight)
-    inputs = dict(inputs)
-    vision_labels = inputs.pop("vision_labels")
-    if num_items is not None:
-        inputs["num_items_in_batch"] = num_items
-    base, found = unwrap(model), {}
+    inputs = {**inputs, "use_cache": False, "logits_to_keep": 1}  # its logits are not used
+    labels, vision_labels = inputs.pop("labels"), inputs.pop("vision_labels")
+    base = unwrap(model)
+    found: dict[str, Any] = {}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        found["hidden"] = output[0]
+        device = output[0].device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        found.update(hidden=output[0], device=device, autocast=autocast)
 
     def mix(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden, head = found.pop("hidden"), vision_head(base)
-        found["language"] = output.loss
-        found["vision"] = vision_modeling_loss(hidden, vision_labels, head, num_vision_items)
-        output.loss = (1 - vision_weight) * output.loss + vision_weight * found["vision"]
+        hidden, (enabled, dtype) = found["hidden"], found["autocast"]
+        with torch.autocast(found["device"], dtype, enabled):  # as inside of forward
+            language = language_modeling_loss(
+                hidden, labels, base.get_output_embeddings(), num_items
+            )
+            vision = vision_modeling_loss(
+                hidden, vision_labels, vision_head(base), num_vision_items
+            )
+        output["loss"] = (1 - vision_weight) * language + vision_weight * vision
+        found["parts"] = language, vision
         return output
 
     handles = [base.base_model.register_forward_hook(keep), base.register_forward_hook(mix)]
@@ -115,7 +145,7 @@ def combined_loss(
     finally:
         for handle in handles:
             handle.remove()
-    return CombinedLoss(loss, **found)
+    return CombinedLoss(loss, *found["parts"])
 
 
 def _check(model: nn.Module, inputs: Mapping[str, Any], vision_weight: float) -> None:
@@ -142,18 +172,18 @@ def vision_logits(model: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
     """What each image position predicts: [B, R * C, V], in the model's dtype, row by row.
 
     Args:
-        model: a supported vision-language model; `inputs` hold exactly one image a row.
+        model: a supported vision-language model; `inputs` hold exactly one image a row, and all
+            images have the same grid.
 
     Raises:
         ValueError: when a row does not hold exactly the R * C image tokens of one image.
     """
     base = unwrap(model)
-    rows, columns = image_grid(base.config)
-    mask = image_mask(base, inputs["input_ids"])
-    if not bool((mask.sum(-1) == rows * columns).all()):
+    mask, grids = image_mask(base, inputs["input_ids"]), image_grids(base.config, inputs)
+    if len(set(grids)) != 1 or not bool((mask.sum(-1) == grids[0][0] * grids[0][1]).all()):
         raise ValueError(
-            f"Rows hold {mask.sum(-1).tolist()} image tokens; one image has {rows} x {columns}. "
-            "Pass one image a row, prepared by the model's own processor."
+            f"Rows hold {mask.sum(-1).tolist()} image tokens of grids {grids}. Pass one image a "
+            "row, not split into tiles, and images of one grid together."
         )
     hidden = base.base_model(**inputs)[0]
-    return _read(hidden[mask].view(len(mask), rows * columns, -1), vision_head(base))
+    return _read(hidden[mask].view(len(mask), -1, hidden.shape[-1]), vision_head(base))

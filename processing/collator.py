@@ -9,18 +9,20 @@ or a loss (`firsthand.modeling.vision_modeling`).
     batch = collator([sample, ...])
 """
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from firsthand.modeling.families import image_grid, image_token_id
-from firsthand.processing.masks import Frame, decode, patch_coverage
+from firsthand.modeling.families import Grid, family_of, image_grid, image_grids, image_token_id
+from firsthand.processing.masks import Frame, decode, frame_of, patch_coverage
 
 IGNORE = -100
 Conflict = Literal["smallest", "first", "most_covered"]
+Noun = Literal["last", "first", "random"]
 Sample = Mapping[str, Any]
 
 
@@ -38,48 +40,58 @@ class VisionLabelCollator:
     """Grounded samples -> a padded batch, for `combined_loss`.
 
     A sample is `{id, image (PIL), turns: [{question, answer, expressions: [{nouns, mask, ...}]}]}`.
-    Each expression labels the image tokens that its mask covers with the first token of its last
-    noun: the head of an English compound. (FiVL draws a noun at random.) Expressions without nouns
-    or without mask give no label.
+    Each expression labels the image tokens that its mask covers with the first token of one of its
+    nouns. Expressions without nouns or without mask give no label. A sample whose image is None is
+    text only: its answers are learnt like all others, its questions are not.
 
     Args:
         processor: the model's own, with a chat template and a fast tokenizer.
         config: the model's config; it gives the grid of image tokens.
-        frame: what the processor's image processing shows of an image (see `masks`).
+        frame: what the processor's image processing shows of an image (see `masks`); None asks the
+            processor.
         threshold: a token is labelled where at least this share of its area is covered, 0..1; at 0
             any overlap counts, as in FiVL.
         max_area: expressions that would label more than this share of the image are left out.
         conflict: who labels a token that several expressions cover: the one with the smallest mask,
             the first one (FiVL), or the one that covers most of the token.
+        noun: which noun of an expression: the last (the head of an English compound), the first, or
+            one drawn each time the sample is read (FiVL).
+        seed: of that draw.
 
     Raises:
-        ValueError: for settings out of range, or a processor without a chat template.
+        ValueError: for settings out of range, a model without places for labels, or a processor
+            without a chat template.
     """
 
     def __init__(
         self,
         processor: ProcessorMixin,
         config: PreTrainedConfig,
-        frame: Frame = "resize",
+        frame: Frame | None = None,
         threshold: float = 0.5,
         max_area: float = 0.3,
         conflict: Conflict = "smallest",
+        noun: Noun = "last",
+        seed: int = 0,
     ) -> None:
         if not 0 <= threshold <= 1 or not 0 < max_area <= 1:
             raise ValueError(
                 f"threshold is {threshold}, max_area {max_area}; both are shares of an area in 0..1"
             )
-        if frame not in get_args(Frame) or conflict not in get_args(Conflict):
-            raise ValueError(
-                f"frame is {frame!r} and conflict {conflict!r}; frames are {get_args(Frame)}, "
-                f"conflict policies {get_args(Conflict)}"
-            )
+        for name, value, kind in (("conflict", conflict, Conflict), ("noun", noun, Noun)):
+            if value not in get_args(kind):
+                raise ValueError(f"{name} is {value!r}; it must be one of {get_args(kind)}")
+        if frame is not None and frame not in get_args(Frame):
+            raise ValueError(f"frame is {frame!r}; it must be one of {get_args(Frame)}")
+        if family_of(config).grids is None:
+            image_grid(config)
         if processor.chat_template is None:
             raise ValueError("the processor has no chat template: set its chat_template first")
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.image_token, self.grid = image_token_id(config), image_grid(config)
+        self.config, self.image_token = config, image_token_id(config)
         self.frame, self.threshold, self.max_area = frame, threshold, max_area
-        self.conflict = conflict
+        self.conflict, self.noun = conflict, noun
+        self._draw = random.Random(seed)
         self._tokens: dict[str, int] = {}
 
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
@@ -95,16 +107,17 @@ class VisionLabelCollator:
                 processor does not write one image's tokens.
         """
         rendered = [self._render(sample) for sample in samples]
+        images = [[s["image"].convert("RGB")] if s["image"] else [] for s in samples]
         batch = dict(
             self.processor(
-                images=[sample["image"].convert("RGB") for sample in samples],
+                images=images if any(images) else None,
                 text=[text for text, _ in rendered],
                 padding=True,
                 padding_side="right",
                 return_tensors="pt",
             )
         )
-        ids = batch["input_ids"]
+        ids, grids = batch["input_ids"], iter(image_grids(self.config, batch))
         batch["labels"] = torch.full_like(ids, IGNORE)
         batch["vision_labels"] = torch.full_like(ids, IGNORE)
         for row, (sample, (text, ends)) in enumerate(zip(samples, rendered, strict=True)):
@@ -112,34 +125,47 @@ class VisionLabelCollator:
             for start, end in self._answers(text, ends, length):
                 batch["labels"][row, start:end] = ids[row, start:end]
             on_image = (ids[row] == self.image_token).nonzero()[:, 0]
-            labels = self.vision_labels(sample)
-            if len(on_image) != labels.size:
-                raise ValueError(
-                    f"sample {sample['id']!r}: the processor wrote {len(on_image)} image tokens, "
-                    f"the model has {self.grid[0]} x {self.grid[1]}; use the model's own processor"
-                )
-            batch["vision_labels"][row, on_image] = torch.from_numpy(labels.ravel())
+            if images[row]:
+                labels = self.vision_labels(sample, self._grid(sample, grids, len(on_image)))
+                batch["vision_labels"][row, on_image] = torch.from_numpy(labels.ravel())
         return batch
 
-    def vision_labels(self, sample: Sample) -> np.ndarray:
-        """What each image token must predict: token ids, -100 for none, int64 [R, C]."""
-        labels = np.full(self.grid, IGNORE, dtype=np.int64)
-        best = np.full(self.grid, -np.inf)
+    def _grid(self, sample: Sample, grids: Iterator[Grid], found: int) -> Grid:
+        """The next image's grid, which must be that of all of the row's image tokens."""
+        grid = next(grids, (0, 0))
+        if found != grid[0] * grid[1]:
+            raise ValueError(
+                f"sample {sample['id']!r}: the processor wrote {found} image tokens, one image has "
+                f"{grid[0]} x {grid[1]}. Use the model's own processor, and switch image splitting "
+                "off (do_image_splitting, crop_to_patches), since tiles overlap the whole image"
+            )
+        return grid
+
+    def vision_labels(self, sample: Sample, grid: Grid) -> np.ndarray:
+        """What each image token must predict: token ids, -100 for none, int64 [R, C] = `grid`."""
+        labels = np.full(grid, IGNORE, dtype=np.int64)
+        best = np.full(grid, -np.inf)
+        frame = self.frame or frame_of(self.processor)
         expressions = [e for turn in sample["turns"] for e in turn["expressions"] or ()]
         for order, expression in enumerate(expressions):
             if not expression["nouns"] or not expression["mask"]:
                 continue
             mask = self._mask(sample, expression)
-            coverage = patch_coverage(mask, self.grid, self.frame)
+            coverage = patch_coverage(mask, grid, frame)
             covered = (coverage >= self.threshold) & (coverage > 0)
             if covered.mean() > self.max_area:
                 continue
             wins = {"first": -order, "smallest": -mask.sum(), "most_covered": coverage}
-            score = np.broadcast_to(wins[self.conflict], self.grid)
+            score = np.broadcast_to(wins[self.conflict], grid)
             chosen = covered & (score > best)
-            labels[chosen] = self._token(expression["nouns"][-1])
+            labels[chosen] = self._token(self._chosen(expression["nouns"]))
             best[chosen] = score[chosen]
         return labels
+
+    def _chosen(self, nouns: Sequence[str]) -> str:
+        if self.noun == "random":
+            return self._draw.choice(nouns)
+        return nouns[-1 if self.noun == "last" else 0]
 
     def _mask(self, sample: Sample, expression: Mapping[str, Any]) -> np.ndarray:
         mask, size = decode(expression["mask"]), sample["image"].size
@@ -160,7 +186,7 @@ class VisionLabelCollator:
         messages: list[dict] = []
         ends, render = [], self.processor.apply_chat_template
         for turn in sample["turns"]:
-            content = [] if messages else [{"type": "image"}]
+            content = [{"type": "image"}] if sample["image"] and not messages else []
             content.append({"type": "text", "text": turn["question"]})
             messages.append({"role": "user", "content": content})
             before = render(messages, add_generation_prompt=True)

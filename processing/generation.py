@@ -48,7 +48,7 @@ def prepare_inputs(processor: Any, rows: list[Row], device: Any = "cpu") -> Any:
     Returns what the processor gives: input_ids and attention_mask [B, T], pixel_values [B, ...].
     """
     return processor(
-        images=[r["image"].convert("RGB") for r in rows],
+        images=[[r["image"].convert("RGB")] for r in rows],
         text=[build_prompt(processor, r["question"]) for r in rows],
         return_tensors="pt",
         padding=True,

@@ -71,6 +71,23 @@ def seen_area(size: tuple[int, int], frame: Frame) -> Box:
     return left, top, left + side, top + side
 
 
+def frame_of(processor: Any) -> Frame:
+    """What a transformers processor shows of an image, by its image processor's settings.
+
+    "center_crop" where the shorter side is fitted and the centre cut out (CLIP's), "pad" where the
+    image is padded to a square first (LLaVA's own), else "resize": squashed to a size of the
+    processor's, with or without its shape.
+    """
+    settings = processor.image_processor.to_dict()
+    size = settings.get("size") or {}
+    kind = settings.get("image_processor_type") or type(processor.image_processor).__name__
+    if kind.startswith("LlavaImageProcessor") and settings.get("do_pad"):
+        return "pad"
+    if settings.get("do_center_crop") and "shortest_edge" in dict(size):
+        return "center_crop"
+    return "resize"
+
+
 def to_frame(boxes: Any, size: tuple[int, int], frame: Frame) -> np.ndarray:
     """Boxes [N, 4] in pixels of the original image -> the same in 0..1 of what the model saw.
 

@@ -1,4 +1,4 @@
-"""Tiny random LLaVA and InternVL models with their processors, made in code: nothing is downloaded.
+"""Tiny random models of every family, with their processors, made in code: nothing is downloaded.
 
 Both run in milliseconds and answer nonsense; they are for identities and shapes, not for quality.
 
@@ -8,11 +8,12 @@ Both run in milliseconds and answer nonsense; they are for identities and shapes
 LLaVA: CLIP (56 px, 14 px patches) -> 4 x 4 image tokens. InternVL: its own encoder (same sizes, the
 architecture of DINOv2) -> pixel shuffle 0.5 -> 2 x 2 image tokens of 2 x 2 patches. (InternVLConfig
 reads any other vision config back as its own, so that is the only one whose checkpoints reload.)
-Text: 2 layers, hidden size 32, 4 query and 2 key heads. The tokenizer is a byte-level BPE, so any
-text round-trips.
+Qwen2-VL and Qwen2.5-VL keep the image's shape: 80 x 60 pixels are 2 x 3 tokens. Idefics3 and
+SmolVLM squash it to 2 x 2 tokens. Text: 2 layers, hidden size 32, 4 query and 2 key heads. The
+tokenizer is a byte-level BPE, so any text round-trips.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Idefics3Processor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -28,11 +31,16 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 IMAGE_SIZE, PATCH_SIZE = 56, 14
 SPECIAL_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>", "<image>"]
+FAKE_TOKENS = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]  # of Idefics3
 CORPUS = [
     "a dog top left, a cup center.",
     "a cat top right, a car bottom left, a tree bottom right.",
@@ -49,6 +57,9 @@ CHAT_TEMPLATE = (
 )
 
 
+SPLITTING = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}
+
+
 @cache
 def _bpe() -> str:
     tokenizer = Tokenizer(models.BPE())
@@ -56,7 +67,7 @@ def _bpe() -> str:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=360,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=SPECIAL_TOKENS + FAKE_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -76,8 +87,33 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_processor(family: str = "llava") -> LlavaProcessor:
-    """The stock LlavaProcessor for `tiny_llava` or `tiny_internvl`; it squashes images."""
+class _ImagesOnly(Qwen2_5_VLProcessor):
+    """Without its video processor, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        return type(argument)
+
+
+def tiny_processor(family: str = "llava"):
+    """The stock processor of a family, as far as it goes without torchvision.
+
+    LLaVA and InternVL: LlavaProcessor that squashes images. Qwen: its own without videos. Idefics3
+    and SmolVLM: Idefics3Processor without image splitting.
+    """
+    if family.startswith("qwen"):
+        image_processor = Qwen2VLImageProcessorPil(
+            patch_size=PATCH_SIZE, merge_size=2, min_pixels=28 * 28, max_pixels=56 * 84
+        )
+        return _ImagesOnly(image_processor, tiny_tokenizer(), chat_template=CHAT_TEMPLATE)
+    if family in ("idefics3", "smolvlm"):
+        image_processor = SPLITTING[family](
+            size={"longest_edge": 2 * IMAGE_SIZE},
+            max_image_size={"longest_edge": IMAGE_SIZE},
+            do_image_splitting=False,
+        )
+        return Idefics3Processor(
+            image_processor, tiny_tokenizer(), image_seq_len=4, chat_template=CHAT_TEMPLATE
+        )
     merged = {"llava": 1, "internvl": 2}[family]
     image_processor = CLIPImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -189,13 +225,62 @@ def tiny_internvl(cls=InternVLForConditionalGeneration, seed: int = 0, **config)
     return _build(cls, tiny_internvl_config(**config), seed)
 
 
+def tiny_qwen(family: str = "qwen2_5_vl", seed: int = 0, layers: int = 2):
+    """A random Qwen2-VL or Qwen2.5-VL in eval mode, 14 px patches merged 2 x 2."""
+    text = _text_config("qwen2", layers, tie=False).to_dict()
+    text.pop("model_type"), text.pop("layer_types", None)
+    text["rope_parameters"] = {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]
+    }  # fmt: skip
+    sizes = dict(depth=3, num_heads=4, patch_size=PATCH_SIZE, spatial_merge_size=2)
+    if family == "qwen2_vl":
+        vision = dict(embed_dim=32, hidden_size=32, mlp_ratio=2, **sizes)
+    else:
+        vision = dict(hidden_size=32, out_hidden_size=32, intermediate_size=48, **sizes)
+        vision |= dict(window_size=56, fullatt_block_indexes=[2])
+    image, start = (tiny_tokenizer().convert_tokens_to_ids(t) for t in ("<image>", "<|im_start|>"))
+    config = AutoConfig.for_model(
+        family, text_config=text, vision_config=vision, image_token_id=image,
+        video_token_id=len(tiny_tokenizer()) - 1, vision_start_token_id=start,
+    )  # fmt: skip
+    return _build(AutoModelForImageTextToText.from_config, config, seed)
+
+
+def tiny_idefics3(family: str = "idefics3", seed: int = 0, layers: int = 2):
+    """A random Idefics3 or SmolVLM in eval mode: 4 x 4 patches, shuffled into 2 x 2 tokens."""
+    vision = dict(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
+    )  # fmt: skip
+    config = AutoConfig.for_model(
+        family,
+        text_config=_text_config("llama", layers, tie=False).to_dict(),
+        vision_config=vision,
+        image_token_id=tiny_tokenizer().image_token_id,
+        scale_factor=2,
+        pad_token_id=tiny_tokenizer().pad_token_id,
+        tie_word_embeddings=False,
+    )
+    return _build(AutoModelForImageTextToText.from_config, config, seed)
+
+
+TINY = {
+    "llava": tiny_llava,
+    "internvl": tiny_internvl,
+    "qwen2_vl": partial(tiny_qwen, "qwen2_vl"),
+    "qwen2_5_vl": partial(tiny_qwen, "qwen2_5_vl"),
+    "idefics3": partial(tiny_idefics3, "idefics3"),
+    "smolvlm": partial(tiny_idefics3, "smolvlm"),
+}
+
+
 def tiny_image(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:
     """An RGB image of coloured noise blocks, not square."""
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
 
 
-def tiny_prompt(processor: LlavaProcessor, question: str = "What is in the image?") -> str:
+def tiny_prompt(processor, question: str = "What is in the image?") -> str:
     """The chat prompt of one image and one question, ready for the processor."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
@@ -203,11 +288,11 @@ def tiny_prompt(processor: LlavaProcessor, question: str = "What is in the image
     )
 
 
-def tiny_inputs(processor: LlavaProcessor, questions: list[str] | None = None) -> dict:
+def tiny_inputs(processor, questions: list[str] | None = None) -> dict:
     """Processed inputs, one image and question a row: input_ids, attention_mask, pixel_values."""
     questions = questions or ["What is in the image?"]
     return processor(
-        images=[tiny_image(seed) for seed in range(len(questions))],
+        images=[[tiny_image(seed)] for seed in range(len(questions))],
         text=[tiny_prompt(processor, question) for question in questions],
         padding=True,
         return_tensors="pt",

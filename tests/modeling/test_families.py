@@ -1,17 +1,27 @@
 """Every row of the families table against an oracle that does not use the table's knowledge."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_models import (
     PATCH_SIZE,
+    TINY,
     tiny_inputs,
     tiny_internvl,
     tiny_llava,
     tiny_llava_config,
     tiny_processor,
+    tiny_prompt,
 )
 from torch import nn
-from transformers import AutoConfig, BertConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    Blip2Config,
+    InstructBlipConfig,
+    LlavaForConditionalGeneration,
+)
 
 from firsthand.modeling.families import (
     FAMILIES,
@@ -20,22 +30,30 @@ from firsthand.modeling.families import (
     decoder_layers,
     family_of,
     image_grid,
+    image_grids,
     image_mask,
     image_token_id,
     patch_grid,
+    projector,
     steered_modules,
     unwrap,
     vision_layers,
     vision_prefix_tokens,
 )
 
-BUILDERS = {"llava": tiny_llava, "internvl": tiny_internvl}
-ATTENTION_OUTPUTS = ("out_proj", "projection_layer", "o_proj", "attention.output.dense")
+FIXED = [name for name, family in FAMILIES.items() if family.grids is None]
+ATTENTION_OUTPUTS = (
+    "out_proj",
+    "projection_layer",
+    "o_proj",
+    "attention.output.dense",
+    "attn.proj",
+)
 
 
 def _model(family: str, vision: str):
-    if family == "internvl":
-        return tiny_internvl()
+    if family != "llava":
+        return TINY[family]()
     config = tiny_llava_config()
     if vision != "clip_vision_model":
         config.vision_config = AutoConfig.for_model(
@@ -58,11 +76,15 @@ PLACES = [
     ("llava", "siglip_vision_model"),
     ("llava", "dinov2"),
     ("internvl", "internvl_vision"),
+    ("qwen2_vl", "qwen2_vl_vision"),
+    ("qwen2_5_vl", "qwen2_5_vl_vision"),
+    ("idefics3", "idefics3_vision"),
+    ("smolvlm", "smolvlm_vision"),
 ]
 
 
 def test_every_row_is_tested():
-    assert {family for family, _ in PLACES} == set(FAMILIES) == set(BUILDERS)
+    assert {family for family, _ in PLACES} == set(FAMILIES) == set(TINY)
     assert {vision for _, vision in PLACES} == set(VISION_TOWERS)
 
 
@@ -76,39 +98,65 @@ def test_a_patch_moves_the_token_that_the_grid_names(family, vision):
         for module in cut:
             nn.init.zeros_(module.weight)
     merge = family_of(model).merge(model.config)
-    rows, columns = image_grid(model.config)
-    assert (rows * merge, columns * merge) == patch_grid(model.config) == (4, 4)
-    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    before = _features(model, pixels)
+    height, width = (4, 6) if family.startswith("qwen") else (4, 4)
+    image = np.random.default_rng(0).integers(0, 100, (height * 14, width * 14, 3), dtype=np.uint8)
+    before = _features(family, model, image)
+    rows, columns = height // merge, width // merge
     assert len(before) == rows * columns
-    for row, column in [(0, 0), (1, 2), (3, 1)]:
-        changed = pixels.clone()
+    for row, column in [(0, 0), (1, 2), (3, 1), (2, 3)]:
+        changed = image.copy()
         top, left = row * PATCH_SIZE, column * PATCH_SIZE
-        changed[..., top : top + PATCH_SIZE, left : left + PATCH_SIZE] += 1
-        moved = (_features(model, changed) - before).abs().amax(-1) > 1e-6
+        changed[top : top + PATCH_SIZE, left : left + PATCH_SIZE] += 100
+        moved = (_features(family, model, changed) - before).abs().amax(-1) > 1e-6
         assert moved.nonzero().flatten().tolist() == [(row // merge) * columns + column // merge]
 
 
 @torch.no_grad()
-def _features(model, pixels):
-    return torch.cat(list(model.get_image_features(pixels).pooler_output)).reshape(
-        -1, model.config.text_config.hidden_size
-    )
+def _features(family, model, image):
+    """The image tokens of an image [H, W, 3] of exactly the model's patches."""
+    if family.startswith("qwen"):
+        prepared = tiny_processor(family).image_processor(
+            Image.fromarray(image), return_tensors="pt"
+        )
+    else:
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 50 - 1
+        prepared = {
+            "pixel_values": pixels[:, None] if hasattr(model.model, "connector") else pixels
+        }
+    features = model.get_image_features(**prepared).pooler_output
+    return torch.cat(list(features)).reshape(-1, model.config.text_config.hidden_size)
 
 
-@pytest.mark.parametrize(("family", "vision"), PLACES)
+@pytest.mark.parametrize("family", FIXED)
+def test_fixed_grids(family):
+    config = TINY[family]().config
+    merge, (rows, columns) = family_of(config).merge(config), image_grid(config)
+    assert (rows * merge, columns * merge) == patch_grid(config) == (4, 4)
+
+
+@pytest.mark.parametrize(("family", "vision"), [p for p in PLACES if p[0] in FIXED])
 def test_prefix_tokens_are_what_the_encoder_adds(family, vision):
     model = _model(family, vision)
+    tower = model.base_model.get_submodule(family_of(model).vision_tower)
     with torch.no_grad():
-        hidden = model.model.vision_tower(torch.zeros(1, 3, 56, 56)).last_hidden_state
+        hidden = tower(torch.zeros(1, 3, 56, 56)).last_hidden_state
     assert hidden.shape[1] - 16 == vision_prefix_tokens(model.config)
 
 
-@pytest.mark.parametrize("text", sorted(STEERED_MODULES))
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+TEXTS = [(family, None) for family in sorted(FAMILIES)]
+TEXTS += [("llava", text) for text in ("llama", "mistral", "qwen2", "qwen3")]
+TEXTS += [("internvl", text) for text in ("llama", "mistral", "qwen2", "qwen3")]
+
+
+def test_every_text_model_is_tested():
+    types = {text or TINY[family]().config.text_config.model_type for family, text in TEXTS}
+    assert types == set(STEERED_MODULES)
+
+
+@pytest.mark.parametrize(("family", "text"), TEXTS)
 def test_steered_modules_write_into_the_residual_stream(family, text):
     """A shift of a steered module's output is a shift of its layer's output: no norm in between."""
-    model = BUILDERS[family](text=text)
+    model = TINY[family](text=text) if text else TINY[family]()
     inputs = tiny_inputs(tiny_processor(family))
     shift = torch.linspace(-1, 1, 32)
     plain = _layer_output(model, inputs)
@@ -130,13 +178,29 @@ def _layer_output(model, inputs):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_image_tokens(family):
-    model, processor = BUILDERS[family](), tiny_processor(family)
+    model, processor = TINY[family](), tiny_processor(family)
     inputs = tiny_inputs(processor, ["What?", "Is there a dog in the image?"])
     mask = image_mask(model, inputs["input_ids"])
-    rows, columns = image_grid(model.config)
+    grids = image_grids(model.config, inputs)
     assert mask.dtype == torch.bool and mask.shape == inputs["input_ids"].shape
-    assert mask.sum(1).tolist() == [rows * columns] * 2
+    assert mask.sum(1).tolist() == [rows * columns for rows, columns in grids]
     assert image_token_id(model.config) == processor.image_token_id
+    assert projector(model) in set(model.base_model.modules())
+    last = int(mask[0].nonzero().max())
+    inputs["input_ids"] = inputs["input_ids"][:, :last]  # cut in the middle of the image
+    with pytest.raises(ValueError, match="image tokens, which are not those of grids"):
+        image_grids(model.config, inputs)
+
+
+def test_grids_follow_the_image():
+    model, processor = TINY["qwen2_5_vl"](), tiny_processor("qwen2_5_vl")
+    images = [[Image.new("RGB", size)] for size in ((56, 84), (84, 56), (28, 28))]
+    prompt = tiny_prompt(processor)
+    inputs = processor(images=images, text=[prompt] * 3, padding=True, return_tensors="pt")
+    assert image_grids(model.config, inputs) == [(3, 2), (2, 3), (1, 1)]
+    assert image_grids(model.config, {"input_ids": torch.tensor([[1, 2]])}) == []
+    with pytest.raises(ValueError, match="a grid of its own shape.*image_grids"):
+        image_grid(model.config)
 
 
 def test_works_through_wrappers():
@@ -153,6 +217,12 @@ def test_an_unknown_family_is_refused_with_the_remedy():
         family_of(BertConfig())
     with pytest.raises(ValueError, match="no transformers model"):
         unwrap(nn.Linear(1, 1))
+
+
+def test_families_without_places_are_refused_with_the_reason():
+    for config in (Blip2Config(), InstructBlipConfig()):
+        with pytest.raises(ValueError, match="queries of a Q-Former"):
+            family_of(config)
 
 
 def test_image_tokens_with_a_class_token_are_no_grid():

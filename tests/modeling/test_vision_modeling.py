@@ -81,7 +81,7 @@ def test_weight_zero_is_the_language_loss(family):
     batch = _batch(family, model)
     result = combined_loss(model, batch, vision_weight=0.0)
     keep = {key: value for key, value in batch.items() if key != "vision_labels"}
-    assert torch.equal(result.loss, model(**keep).loss)
+    torch.testing.assert_close(result.loss, model(**keep).loss, atol=1e-6, rtol=1e-6)
 
 
 def _gradients(model, batch, size):
@@ -213,8 +213,11 @@ def test_vision_logits_are_the_logits_at_image_positions(family):
 def test_vision_logits_need_one_image_a_row(family):
     model = BUILDERS[family][0]()
     inputs = tiny_inputs(tiny_processor(family))
-    inputs["input_ids"][0, 0] = model.config.image_token_id
+    inputs["input_ids"] = inputs["input_ids"].repeat(1, 2)
     with pytest.raises(ValueError, match="Pass one image a row"):
+        vision_logits(model, **inputs)
+    inputs["input_ids"][0, 0] = model.config.image_token_id
+    with pytest.raises(ValueError, match="not those of grids"):
         vision_logits(model, **inputs)
 
 
