@@ -9,20 +9,25 @@ evaluation (measure with `firsthand measure`) or an augmenter (expressions and m
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from firsthand.processing.collator import Conflict, VisionLabelCollator
-from firsthand.processing.overlays import Frame
+from tqdm.auto import tqdm
+
+from firsthand.processing.collator import Conflict, Noun, VisionLabelCollator
+from firsthand.processing.masks import Frame
 from firsthand.recipes.trainers.vision_modeling import (
     Train,
     VisionModelingConfig,
     VisionModelingTrainer,
     make_trainable,
 )
+
+Head = Literal["shared", "separate"]
 
 
 @dataclass
@@ -33,18 +38,22 @@ class RecipeArguments:
     model: str | None = field(default=None, metadata={"help": "Hub id or path; the demo model"})
     train: Train = field(default="lora", metadata={"help": "full, lora or projector"})
     lora_rank: int = field(default=16, metadata={"help": "rank of LoRA"})
+    lora_projector: bool = field(default=True, metadata={"help": "lora trains the projector too"})
+    vision_head: Head = field(default="shared", metadata={"help": "shared or separate"})
     data: str | None = field(default=None, metadata={"help": "Parquet or Hub id; the scenes"})
     split: str = field(default="validation", metadata={"help": "split of the scenes or Hub data"})
-    frame: Frame = field(default="resize", metadata={"help": "what of an image is shown"})
-    threshold: float = field(default=0.25, metadata={"help": "least covered share of a token"})
+    asked: int = field(default=0, metadata={"help": "questions beside each scene's caption"})
+    frame: str | None = field(default=None, metadata={"help": "what of an image is shown"})
+    threshold: float = field(default=0.0, metadata={"help": "least covered share of a token"})
     max_area: float = field(default=0.3, metadata={"help": "largest labelled share of an image"})
-    conflict: Conflict = field(
-        default="smallest", metadata={"help": "who labels a token that several cover"}
-    )
+    conflict: Conflict = field(default="first", metadata={"help": "who labels a shared token"})
+    noun: Noun = field(default="random", metadata={"help": "which noun of an expression"})
 
     def __post_init__(self) -> None:
-        for name, allowed in (("train", Train), ("frame", Frame), ("conflict", Conflict)):
-            value, known = vars(self)[name], get_args(allowed)
+        kinds = {"train": Train, "conflict": Conflict, "noun": Noun, "vision_head": Head}
+        kinds |= {"frame": Frame} if self.frame is not None else {}
+        for name, kind in kinds.items():
+            value, known = vars(self)[name], get_args(kind)
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
@@ -70,8 +79,12 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, VisionModelingConf
     return parser.parse_args_into_dataclasses(args=list(arguments), look_for_args_file=False)
 
 
-def scene_to_sample(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A scene as a grounded sample: its caption as the answer, a mask for each noun in it."""
+def scene_to_sample(row: Mapping[str, Any], asked: int = 0) -> dict[str, Any]:
+    """A scene as a grounded sample: its caption as the answer, a mask for each noun in it.
+
+    `asked` of the scene's questions, drawn by its id, join the caption in one conversation, in an
+    order that is drawn too.
+    """
     from firsthand.datasets_scripts.scenes import scenes
 
     expressions, end = [], 0
@@ -91,22 +104,31 @@ def scene_to_sample(row: Mapping[str, Any]) -> dict[str, Any]:
         )
     turn = {"question": scenes.CAPTION_QUESTION, "answer": row["caption"]}
     turns = [{**turn, "expressions": expressions}]
+    draw = random.Random(row["id"])
+    questions = draw.sample(row["questions"], min(asked, len(row["questions"])))
+    turns += [
+        {"question": q["question"], "answer": q["answer"], "expressions": []} for q in questions
+    ]
+    draw.shuffle(turns)
     return {"id": row["id"], "image": row["image"], "source": row["source"], "turns": turns}
 
 
-def load_samples(data: str | None, split: str) -> Any:
+def load_samples(data: str | None, split: str, asked: int = 0) -> Any:
     """Grounded samples: Parquet on disk, a data set of the Hub, or (None) the committed scenes.
+
+    A folder that `build_scenes` wrote is read as scenes, with `asked` questions beside captions.
 
     Raises:
         ValueError: when the rows have no `image` or `turns`.
     """
-    if data is None:
-        from firsthand.recipes.demo_data import load_scenes
+    from firsthand.recipes.demo_data import SCENES, load_scenes
 
-        return [scene_to_sample(row) for row in load_scenes(split)]
+    path = Path(data or SCENES)
+    if _holds_scenes(path, split):
+        return [scene_to_sample(row, asked) for row in load_scenes(split, folder=path)]
     from datasets import Image, load_dataset
 
-    path = Path(data)
+    data = str(path)
     if path.exists():
         files = [str(p) for p in sorted(path.rglob("*.parquet"))] if path.is_dir() else [data]
         rows = load_dataset("parquet", data_files=files, split="train")
@@ -118,18 +140,93 @@ def load_samples(data: str | None, split: str) -> Any:
     return rows.cast_column("image", Image())
 
 
-def run(recipe: RecipeArguments, settings: VisionModelingConfig) -> VisionModelingTrainer:
-    """Train, and save the model (or adapter) and its processor into `settings.output_dir`."""
-    from firsthand.recipes.inputs import load_model
+def _holds_scenes(path: Path, split: str) -> bool:
+    import pyarrow.parquet as parquet
 
-    samples = load_samples(recipe.data, recipe.split)
+    file = path / split / f"{split}-00000-of-00001.parquet"
+    return file.exists() and "caption" in parquet.read_schema(file).names
+
+
+def problem(sample: Mapping[str, Any]) -> str | None:
+    """Why a sample cannot be trained on; None where it can. Its image is decoded."""
+    if not sample["turns"]:
+        return "it has no turns"
+    if any(not turn["answer"] for turn in sample["turns"]):
+        return "an answer is empty"
+    if sample["image"] is None:
+        return None
+    sample["image"].load()
+    size = list(sample["image"].size[::-1])
+    for expression in (e for turn in sample["turns"] for e in turn["expressions"] or ()):
+        if expression["mask"] and list(expression["mask"]["size"]) != size:
+            found = list(expression["mask"]["size"])
+            return f"the mask of {expression['text']!r} is {found}, its image {size} (H, W)"
+    return None
+
+
+def usable(samples: Any) -> tuple[list[int], list[dict[str, Any]]]:
+    """Indices of the samples that can be trained on; number and reason of those that cannot.
+
+    Raises ValueError where none can.
+    """
+    kept, skipped = [], []
+    for number in tqdm(range(len(samples)), desc="checking rows", unit="row"):
+        try:
+            reason = problem(samples[number])
+        except Exception as error:  # decoders raise nearly anything
+            reason = f"the row cannot be read: {type(error).__name__}: {error}"
+        if reason is None:
+            kept.append(number)
+        else:
+            skipped.append({"row": number, "reason": reason})
+    if not kept:
+        raise ValueError(f"no row can be trained on; the first: {skipped[:1]}")
+    return kept, skipped
+
+
+def with_head(model: Any, vision_head: str) -> Any:
+    """The model, or for a separate vision head the grounded model around its weights."""
+    if vision_head == "shared":
+        return model
+    from firsthand import modeling
+
+    classes = {
+        "llava": modeling.GroundedLlavaForConditionalGeneration,
+        "internvl": modeling.GroundedInternVLForConditionalGeneration,
+    }
+    if model.config.model_type not in classes:
+        raise ValueError(
+            f"vision_head: separate needs a grounded class, and {model.config.model_type!r} has "
+            f"none (there are {', '.join(classes)}); use vision_head: shared"
+        )
+    return classes[model.config.model_type].from_stock(model, vision_head=vision_head)
+
+
+def run(recipe: RecipeArguments, settings: VisionModelingConfig) -> VisionModelingTrainer:
+    """Train, and save the model (or adapter) and its processor into `settings.output_dir`.
+
+    Rows that cannot be trained on are left out and listed in `skipped.jsonl` there.
+    """
+    from torch.utils.data import Subset
+
+    from firsthand.recipes.inputs import load_model, write_rows
+
+    samples = load_samples(recipe.data, recipe.split, recipe.asked)
+    kept, skipped = usable(samples)
+    if skipped and settings.should_save:
+        write_rows(Path(str(settings.output_dir)) / "skipped.jsonl", skipped)
+        print(f"{len(skipped)} of {len(samples)} rows are left out: see skipped.jsonl")
     model, processor = load_model(recipe.model)
+    model = with_head(model, recipe.vision_head)
     collator = VisionLabelCollator(
-        processor, model.config, recipe.frame, recipe.threshold, recipe.max_area, recipe.conflict
-    )
-    model = make_trainable(model, recipe.train, recipe.lora_rank)
+        processor, model.config, recipe.frame, recipe.threshold, recipe.max_area,  # type: ignore[arg-type]
+        recipe.conflict, recipe.noun, settings.seed,
+    )  # fmt: skip
+    model = make_trainable(model, recipe.train, recipe.lora_rank, recipe.lora_projector)
     _set_precision(model, settings.bf16)
-    trainer = VisionModelingTrainer(model, settings, collator, samples, processing_class=processor)
+    trainer = VisionModelingTrainer(
+        model, settings, collator, Subset(samples, kept), processing_class=processor
+    )
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     trainer.save_model()
     return trainer

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from firsthand.modeling.families import family_of, unwrap
+from firsthand.modeling.families import family_of, projector, unwrap
 from firsthand.modeling.vision_modeling import IGNORE, combined_loss
 
 Train = Literal["full", "lora", "projector"]
@@ -108,14 +108,19 @@ class VisionModelingTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def make_trainable(model: Any, train: Train, lora_rank: int = 16) -> Any:
+def make_trainable(
+    model: Any, train: Train, lora_rank: int = 16, lora_projector: bool = True
+) -> Any:
     """`model` with the right weights trainable and all others frozen; the vision encoder always is.
+
+    A separate vision head is trained with each of them.
 
     Args:
         model: a supported vision-language model, without PEFT.
         train: "full" (language model and projector), "lora" (LoRA on the language model's linear
             layers, and the projector) or "projector".
         lora_rank: rank of LoRA; its alpha is twice the rank.
+        lora_projector: whether "lora" trains the projector too; an adapter without it is small.
 
     Returns:
         The model, for "lora" as a PeftModel.
@@ -125,22 +130,22 @@ def make_trainable(model: Any, train: Train, lora_rank: int = 16) -> Any:
     """
     if train not in get_args(Train):
         raise ValueError(f"train is {train!r}; it must be one of {', '.join(get_args(Train))}")
-    family, base = family_of(model), unwrap(model).base_model
-    towers = {family.language_model, family.vision_tower}
-    projectors = [name for name, _ in base.named_children() if name not in towers]
+    family, base = family_of(model), unwrap(model)
+    heads = [name for name, _ in base.named_children() if name == "vision_head"]
     if train == "lora":
         from peft import LoraConfig, get_peft_model
 
         targets = rf".*\b{re.escape(family.language_model)}\..*\.({'|'.join(LINEAR)})"
+        saved = heads + ([family.projector] if lora_projector else [])
         config = LoraConfig(
             r=lora_rank,
             lora_alpha=2 * lora_rank,
             target_modules=targets,
-            modules_to_save=projectors,
+            modules_to_save=saved or None,
         )
         return get_peft_model(model, config)
     model.requires_grad_(train == "full")
-    base.get_submodule(family.vision_tower).requires_grad_(False)
-    for name in projectors:
-        base.get_submodule(name).requires_grad_(True)
+    base.base_model.get_submodule(family.vision_tower).requires_grad_(False)
+    for module in [projector(model)] + [base.get_submodule(name) for name in heads]:
+        module.requires_grad_(True)
     return model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from tiny_models import tiny_image, tiny_internvl, tiny_llava, tiny_processor
+from tiny_models import TINY, tiny_image, tiny_internvl, tiny_processor
 
 from firsthand.processing.collator import VisionLabelCollator
 from firsthand.processing.masks import encode
@@ -24,7 +24,6 @@ from firsthand.recipes.trainers.vision_modeling import (
 
 ROOT = Path(recipe.__file__).parent
 CONFIG = ROOT / "configs" / "vision_modeling.yaml"
-MODELS = {"llava": tiny_llava, "internvl": tiny_internvl}
 
 
 def samples(count: int = 8) -> list[dict]:
@@ -91,13 +90,13 @@ def settings(out: Path, **changes) -> VisionModelingConfig:
     return VisionModelingConfig(**{**fixed, **changes})
 
 
-def trained(family: str, out: Path, train: str = "full", **changes):
+def trained(family: str, out: Path, train: str = "full", head: str = "shared", **changes):
     """The model after training, its parameters before, and the trainer."""
     processor = tiny_processor(family)
-    model = make_trainable(MODELS[family](), train, lora_rank=4)
+    model = make_trainable(recipe.with_head(TINY[family](), head), train, lora_rank=4)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainer = VisionModelingTrainer(
-        model, settings(out, **changes), VisionLabelCollator(processor, MODELS[family]().config),
+        model, settings(out, **changes), VisionLabelCollator(processor, model.config, max_area=0.5),
         samples(),
     )  # fmt: skip
     trainer.train()
@@ -105,24 +104,38 @@ def trained(family: str, out: Path, train: str = "full", **changes):
 
 
 MOVES = {
-    "full": r"language_model|multi_modal_projector|lm_head",
-    "lora": r"language_model.*lora_|multi_modal_projector\.modules_to_save",
-    "projector": r"multi_modal_projector",
+    "full": r"language_model|text_model|projector|merger|connector|lm_head|vision_head",
+    "lora": r"(language|text)_model.*lora_|modules_to_save",
+    "projector": r"projector|merger|connector|vision_head",
 }
+FROZEN = r"vision_tower|vision_model|visual\.(patch|blocks|merger\.ln_q$)"
 
 
 @pytest.mark.parametrize("train", sorted(MOVES))
-@pytest.mark.parametrize("family", sorted(MODELS))
+@pytest.mark.parametrize("family", sorted(TINY))
 def test_the_right_weights_move(family, train, tmp_path):
     changes = {"max_steps": 2, "learning_rate": 0.1}  # LoRA's A moves once its B has
-    model, before, _ = trained(family, tmp_path, train, **changes)
+    head = "separate" if family in ("llava", "internvl") else "shared"
+    model, before, _ = trained(family, tmp_path, train, head, **changes)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    wanted = {n for n in before if re.search(MOVES[train], n)}
+    wanted = {n for n in before if re.search(MOVES[train], n) and not re.search(FROZEN, n)}
+    wanted -= {n for n in wanted if "original_module" in n}
     assert moved == wanted and moved
-    assert all(re.search("vision_tower", n) is None for n in moved)
+    if head == "separate":
+        assert any("vision_head" in n for n in moved)
 
 
-@pytest.mark.parametrize("family", sorted(MODELS))
+def test_an_adapter_without_projector(tmp_path):
+    model = make_trainable(tiny_internvl(), "lora", lora_projector=False)
+    assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_other_families_have_no_separate_head():
+    with pytest.raises(ValueError, match="'qwen2_5_vl' has none.*vision_head: shared"):
+        recipe.with_head(TINY["qwen2_5_vl"](), "separate")
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
 def test_one_batch_of_eight_equals_eight_of_one(family, tmp_path):
     ways = {}
     for size in (8, 1):
@@ -134,6 +147,61 @@ def test_one_batch_of_eight_equals_eight_of_one(family, tmp_path):
     assert any(not torch.equal(p, before[n]) for n, p in ways[8][0].items())
     for key in ("loss", "language_loss", "vision_loss"):
         assert ways[8][1][key] == pytest.approx(ways[1][1][key], abs=2e-3)
+
+
+TWO_RANKS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_train_vision_modeling import trained
+model, _, trainer = trained("internvl", Path({out!r}), per_device_train_batch_size=4)
+assert trainer.args.world_size == 2
+if trainer.is_world_process_zero():
+    torch.save(model.state_dict(), {out!r} + "/two.pt")
+"""
+
+
+def test_two_ranks_equal_one(tmp_path):
+    model, before, _ = trained("internvl", tmp_path, per_device_train_batch_size=8)
+    script = tmp_path / "two.py"
+    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone"]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, timeout=240, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, two[name], atol=2e-6), name
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_rows_that_cannot_be_trained_on_are_left_out(saved, tmp_path):
+    rows = samples(6)
+    rows[1]["image"] = Broken()
+    rows[2]["turns"] = []
+    rows[3]["turns"][0]["expressions"][0]["mask"] = encode(np.ones((5, 5)))
+    rows[4]["turns"][0]["answer"] = ""
+    rows[5]["image"] = None
+    kept, skipped = recipe.usable(rows)
+    assert kept == [0, 5] and [s["row"] for s in skipped] == [1, 2, 3, 4]
+    reasons = ["OSError: truncated", "no turns", r"mask of 'dog' is \[5, 5\]", "answer is empty"]
+    for found, expected in zip(skipped, reasons, strict=True):
+        assert re.search(expected, found["reason"])
+    with pytest.raises(ValueError, match="no row can be trained on"):
+        recipe.usable(rows[1:5])
+
+
+class Broken:
+    """An image whose pixels cannot be decoded."""
+
+    size = (80, 60)
+
+    def load(self):
+        raise OSError("truncated")
 
 
 def test_the_logged_loss_is_the_mix_and_falls(tmp_path):
@@ -192,6 +260,8 @@ def test_every_option_of_the_config_is_explained():
         ("train: all", "train is 'all'.*full, lora, projector"),
         ("frame: crop", "frame is 'crop'"),
         ("vision_weight: 2", "vision_weight is 2"),
+        ("noun: all", "noun is 'all'.*last, first, random"),
+        ("vision_head: both", "vision_head is 'both'"),
     ],
 )
 def test_a_wrong_config_is_refused_at_once(text, message, tmp_path):
