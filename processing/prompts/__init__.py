@@ -1,0 +1,1 @@
+"""Templates of what language models are asked; data of the package, one file each."""
