@@ -8,6 +8,7 @@ squashed ("resize") or kept ("native"), the central square ("center_crop"), or t
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -127,18 +128,20 @@ def patch_coverage(mask: Any, grid: tuple[int, int], frame: Frame = "resize") ->
         raise ValueError(f"grid is {grid}; it needs at least one row and one column")
     height, width = inside.shape
     left, top, right, bottom = seen_area((width, height), frame)
-    down = _overlap(np.linspace(top, bottom, grid[0] + 1), height)
-    across = _overlap(np.linspace(left, right, grid[1] + 1), width)
+    down = _overlap(top, bottom, grid[0], height)
+    across = _overlap(left, right, grid[1], width)
     cell = (bottom - top) / grid[0] * (right - left) / grid[1]
-    return np.clip(down @ inside.astype(np.float64) @ across.T / cell, 0, 1)
+    x0, y0, x1, y1 = boxes_of(inside[None])[0]  # all else is zero
+    part = inside[y0:y1, x0:x1].astype(np.float64)
+    return np.clip(down[:, y0:y1] @ part @ across[:, x0:x1].T / cell, 0, 1)
 
 
-def _overlap(edges: np.ndarray, pixels: int) -> np.ndarray:
-    """[cells, pixels]: how much of each pixel, 0..1, lies in each cell between two edges."""
-    start = np.arange(pixels)
-    low = np.maximum(edges[:-1, None], start)
-    high = np.minimum(edges[1:, None], start + 1)
-    return np.maximum(high - low, 0)
+@lru_cache(maxsize=64)
+def _overlap(low: float, high: float, cells: int, pixels: int) -> np.ndarray:
+    """[cells, pixels]: how much of each pixel, 0..1, lies in each cell of low to high."""
+    edges, start = np.linspace(low, high, cells + 1), np.arange(pixels)
+    shared = np.minimum(edges[1:, None], start + 1) - np.maximum(edges[:-1, None], start)
+    return np.maximum(shared, 0)
 
 
 def _short(value: Any) -> str:

@@ -21,6 +21,7 @@ neither loses nor doubles a row. What it is not: a cache of servers' answers (`E
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
 
 SHARD_ROWS = 256
 DROPPED = "dropped"  # the key under which a row carries why it goes no further
@@ -101,36 +103,54 @@ class ArrowWriter(PipelineStep):
 
     name, type = "rows to Parquet", "writer"
 
-    def __init__(self, out: Path, schema: pa.Schema) -> None:
+    def __init__(self, out: Path, schema: pa.Schema, kept: pa.Schema | None = None) -> None:
         super().__init__()
-        self.out, self.schema = out, schema
+        self.out, self.schema, self.kept = out, schema, kept or schema
 
     def run(self, data: Iterable[Row], rank: int = 0, world_size: int = 1) -> Iterator[Row]:
         rows = list(data)
         with_reason = self.schema.append(pa.field(DROPPED, pa.string()))
         self._write("dropped", rank, [row for row in rows if DROPPED in row], with_reason)
-        self._write("data", rank, [row for row in rows if DROPPED not in row], self.schema)
+        self._write("data", rank, [row for row in rows if DROPPED not in row], self.kept)
         yield from rows
 
     def _write(self, folder: str, rank: int, rows: list[Row], schema: pa.Schema) -> None:
         target = self.out / folder / f"{rank:05d}.parquet"
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_suffix(".aside")
-        parquet.write_table(pa.Table.from_pylist(rows, schema=schema), aside)
+        with parquet.ParquetWriter(aside, schema) as writer:
+            if rows:  # an empty row group is more than some readers can bear
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         aside.replace(target)
 
 
+class _Executor(LocalPipelineExecutor):
+    """datatrove's, with one line a shard in place of its pages of statistics."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        logger.disable("datatrove")
+        done = super()._run_for_rank(rank, local_rank, node_rank)
+        print(f"shard {rank + 1} of {self.world_size}: done", file=sys.stderr)
+        return done
+
+
 def run_stages(
-    source: str | Path, out: str | Path, steps: Sequence[Step], workers: int = 1
+    source: str | Path,
+    out: str | Path,
+    steps: Sequence[Step],
+    workers: int = 1,
+    kept: pa.Schema | None = None,
 ) -> dict[str, int]:
     """Put the rows of `source` through the steps into `out`; call it again to go on after a stop.
 
     Args:
         source: a Parquet file, or a folder of them. Columns keep their types and features (Image).
         out: a folder of its own: `data/` and `dropped/` (Parquet, a file a shard in each; dropped
-            rows have the reason in the column `dropped`), `state/` (completion markers, logs).
+            rows have the reason in the column `dropped`), `state/` (completion markers).
         steps: at least one.
         workers: shards under way at once, each in a process of its own above 1.
+        kept: the columns of `data/` where they are others than the source's and the steps';
+            `dropped/` always has those.
 
     Returns:
         How many rows there were, by fate: `kept` and `dropped`.
@@ -145,9 +165,9 @@ def run_stages(
         for name, kind in step.columns.items():
             at, field = schema.get_field_index(name), pa.field(name, kind)
             schema = schema.append(field) if at < 0 else schema.set(at, field)
-    _keep_plan(out / "state" / "plan.json", {"shards": shards, "steps": [s.name for s in steps]})
-    LocalPipelineExecutor(
-        pipeline=[ArrowReader(shards), *steps, ArrowWriter(out, schema)],
+    keep_plan(out / "state" / "plan.json", {"shards": shards, "steps": [s.name for s in steps]})
+    _Executor(
+        pipeline=[ArrowReader(shards), *steps, ArrowWriter(out, schema, kept)],
         tasks=len(shards),
         workers=min(workers, len(shards)),
         logging_dir=str(out / "state"),
@@ -169,13 +189,17 @@ def _shards(source: Path) -> list[Shard]:
     return shards
 
 
-def _keep_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Write down what is run, or make sure that it is what was run before."""
+def keep_plan(path: Path, plan: dict[str, Any]) -> None:
+    """Write down what is run in `<out>/state/<file>`, or make sure that it is what was run before.
+
+    Raises:
+        ValueError: where the file holds another plan.
+    """
     text = json.dumps(plan)
     if path.exists() and path.read_text("utf-8") != text:
         raise ValueError(
             f"{path.parents[1]} holds a run of other steps or another source; choose another "
-            "folder, or remove it to start anew"
+            f"folder, or remove it to start anew (it ran {path.read_text('utf-8')[:300]})"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".aside")

@@ -130,7 +130,8 @@ def load_samples(data: str | None, split: str, asked: int = 0) -> Any:
 
     data = str(path)
     if path.exists():
-        files = [str(p) for p in sorted(path.rglob("*.parquet"))] if path.is_dir() else [data]
+        folder = path / "data" if (path / "data").is_dir() else path  # not dropped rows beside it
+        files = [str(p) for p in sorted(folder.rglob("*.parquet"))] if path.is_dir() else [data]
         rows = load_dataset("parquet", data_files=files, split="train")
     else:
         rows = load_dataset(data, split=split)

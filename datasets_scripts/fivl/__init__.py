@@ -1,0 +1,1 @@
+"""Grounded samples: key expressions of answers with their masks."""
