@@ -35,7 +35,9 @@ def _pope(args: argparse.Namespace, rows: list[dict[str, Any]]) -> tuple[dict, d
 
 
 def _reliance(args: argparse.Namespace, rows: list[dict[str, Any]]) -> tuple[dict, dict, dict]:
-    return visual_reliance.score(rows), visual_reliance.pairs(rows), {"variant": "relative drop"}
+    made = f", {args.region} filled with {args.fill}" if args.data else ""
+    about = {"variant": f"relative drop{made}"}
+    return visual_reliance.score(rows), visual_reliance.pairs(rows), about
 
 
 MEASURES = {"chair": _chair, "pope": _pope, "visual-reliance": _reliance}
@@ -62,6 +64,14 @@ def _check(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             )
 
 
+def _groups(metric: str, name: str, rows: list[dict[str, Any]]) -> list[Any] | None:
+    """The image of each row behind a figure; questions of one image are resampled together."""
+    if metric == "visual-reliance":
+        image_of = {r["id"]: r["image_id"] for r in rows}
+        return [image_of[i] for i in visual_reliance.pair_ids(rows)[name]]
+    return [r["image_id"] for r in rows] if metric == "pope" else None
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the scores and the table; write result rows where asked."""
     rows = read_rows(args.predictions)
@@ -71,10 +81,12 @@ def run(args: argparse.Namespace) -> int:
     except TypeError as error:  # a field of the wrong type, which the metric names
         raise ValueError(f"{args.predictions}: {error}") from error
     protocol = results.protocol([r["id"] for r in rows], decoding="as given", **about)
-    groups = [r["image_id"] for r in rows] if args.metric == "pope" else None
-    found = results.result_rows(
-        pairs, arm=args.arm, split=args.split, protocol=protocol, groups=groups
-    )
+    found = []
+    for name, columns in pairs.items():
+        groups = _groups(args.metric, name, rows)
+        found += results.result_rows(
+            {name: columns}, arm=args.arm, split=args.split, protocol=protocol, groups=groups
+        )
     for name, value in scores.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     print("\n" + results.table(found))

@@ -1,5 +1,14 @@
 """Visual reliance; the functions live in `scoring`."""
 
-from .scoring import CONDITIONS, answer_score, pairs, score
+from .scoring import AREAS, CONDITIONS, answer_score, by_area, pair_ids, pairs, score, vqa_score
 
-__all__ = ["CONDITIONS", "answer_score", "pairs", "score"]
+__all__ = [
+    "AREAS",
+    "CONDITIONS",
+    "answer_score",
+    "by_area",
+    "pair_ids",
+    "pairs",
+    "score",
+    "vqa_score",
+]

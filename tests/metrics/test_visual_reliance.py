@@ -37,7 +37,9 @@ def test_figures_are_the_sums_by_hand():
         "score_masked": 0.5,
         "score_control": 0.75,
         "score_blank": 0.25,
+        "score_outside": pytest.approx(float("nan"), nan_ok=True),
         "n": 4,
+        "n_control": 4,
         "n_unmasked": 0,
         "n_errors": 0,
     }
@@ -91,7 +93,7 @@ def test_missing_conditions_and_zero_scores_are_undefined():
     [
         (views(plain=[1], dark=[1]), ValueError, "Unknown condition 'dark'"),
         (views(plain=[1], masked=[1, 1]), ValueError, "1 masked ids have no plain row, e.g. 1"),
-        (views(plain=[1, 1], masked=[1, 1], control=[1]), ValueError, "'control' rows cover other"),
+        (views(plain=[1, 1], masked=[1, 1], blank=[1]), ValueError, "'blank' rows cover other"),
         (views(plain=[1], masked=[1]) * 2, ValueError, "occurs twice under 'plain'"),
         (views(plain=[1.5], masked=[1]), ValueError, "outside 0..1"),
         (
@@ -123,3 +125,53 @@ def test_reliance_is_at_most_one_and_zero_if_nothing_changes(scores):
     plain, masked = zip(*scores, strict=True)
     assert visual_reliance.score(views(plain=plain, masked=masked))["visual_reliance"] <= 1
     assert visual_reliance.score(views(plain=plain, masked=plain))["visual_reliance"] == 0
+
+
+def test_ids_without_room_for_a_control_are_left_out_of_it():
+    some = [r for r in ROWS if r["condition"] != "control" or r["id"] in (0, 3)]
+    found = visual_reliance.score(some)
+    assert found["visual_reliance"] == pytest.approx(1 / 3) and found["n_control"] == 2
+    assert found["control_adjusted"] == pytest.approx((1 - 0 + 1 - 1) / 1)
+    assert len(visual_reliance.pairs(some)["control_adjusted"]) == 2
+    alone = some + [{"id": 9, "condition": "control", "score": 1}]
+    with pytest.raises(ValueError, match="'control' rows cover other ids.*9"):
+        visual_reliance.score(alone)
+
+
+def test_what_is_left_of_the_image_has_its_score():
+    assert visual_reliance.score(ROWS + views(outside=[1, 1, 1, 1.0]))["score_outside"] == 1
+    with pytest.raises(ValueError, match="'outside' rows cover other ids"):
+        visual_reliance.score(ROWS + views(outside=[1, 1]))
+
+
+def test_regions_of_like_size_are_scored_together():
+    areas = [0.05, 0.06, 0.5, 0.30001]
+    rows = [r | {"area": areas[r["id"]]} if r["condition"] == "masked" else r for r in ROWS]
+    table = visual_reliance.by_area(rows)
+    assert [line["n"] for line in table] == [1, 1, 0, 0, 2]
+    assert [(line["low"], line["high"]) for line in table][0] == (0.0, 0.05)
+    assert table[0]["visual_reliance"] == 1.0 and math.isnan(table[2]["visual_reliance"])
+    assert (
+        table[4]["visual_reliance"]
+        == visual_reliance.score([r for r in rows if r["id"] in (2, 3)])["visual_reliance"]
+    )
+    assert [line["n"] for line in visual_reliance.by_area(ROWS)] == [0] * 5
+
+
+def test_the_accuracy_of_vqa():
+    def slow(prediction, answers):
+        total = 0.0
+        for i in range(len(answers)):
+            others = answers[:i] + answers[i + 1 :]
+            total += min(1.0, sum(a == prediction for a in others) / 3)
+        return total / len(answers)
+
+    for same in range(11):
+        answers = ["dog"] * same + ["cat"] * (10 - same)
+        assert visual_reliance.vqa_score("The Dog.", answers) == pytest.approx(slow("dog", answers))
+    rows = [
+        {"id": 1, "condition": c, "prediction": p, "answers": ["2", "two", "2"] * 3}
+        for c, p in (("plain", "2."), ("masked", "none"))
+    ]
+    assert visual_reliance.score(rows)["visual_reliance"] == 1.0
+    assert visual_reliance.vqa_score("x", []) == 0.0
