@@ -1,0 +1,1 @@
+"""The annotation Space: is this expression a key expression, and is its mask right?"""
