@@ -1,4 +1,4 @@
-"""The only drawing on images: heatmaps, outlines, boxes, token strips, contact sheets, bar charts.
+"""The only drawing on images: heatmaps, outlines, boxes, regions, strips, contact sheets, charts.
 
 Pillow and numpy only; pictures come back as PIL images, charts as SVG and token strips also as HTML
 (text is escaped, nothing is loaded from anywhere). It decides nothing: grids, masks and thresholds
@@ -158,6 +158,89 @@ def _tag(draw: ImageDraw.ImageDraw, box: Sequence[float], text: str, colour: str
     y = box[1] - height if box[1] >= height else min(box[1], limit[1] - height)
     draw.rectangle((x, y, x + width, y + height), fill=colour)
     draw.text((x + 4, y + height / 2), text, fill="white", font=font, anchor="lm")
+
+
+def cell_labels(labels: Any, size: tuple[int, int], frame: Frame = "resize") -> np.ndarray:
+    """The label of each pixel's image token: int64 [H, W], -1 where the model saw nothing.
+
+    Args:
+        labels: [R, C] integers, one an image token.
+        size: (width, height) of the original image.
+        frame: the part of the image that the model saw.
+    """
+    labels = np.asarray(labels)
+    left, top, right, bottom = seen_area(size, frame)
+    places = []
+    for start, end, pixels, cells in (
+        (top, bottom, size[1], labels.shape[0]),
+        (left, right, size[0], labels.shape[1]),
+    ):
+        place = np.floor((np.arange(pixels) + 0.5 - start) / (end - start) * cells)
+        places.append(np.where((place >= 0) & (place < cells), place, -1).astype(int))
+    seen = (places[0] >= 0)[:, None] & (places[1] >= 0)
+    return np.where(seen, labels[places[0][:, None], places[1]], -1)
+
+
+def regions(
+    image: Image.Image,
+    labels: Any,
+    names: Sequence[str],
+    frame: Frame = "resize",
+    alpha: float = 0.45,
+) -> Image.Image:
+    """`image` (RGB) with tinted, outlined and named regions over a legend of all names.
+
+    Args:
+        labels: [R, C] integers: index of the token's name, or -1 for none.
+        names: at most len(PALETTE), one a colour; "car (12 %)" is written "car" on its region.
+        frame: the part of the image that the model saw.
+        alpha: opacity of the tint, 0 to 1.
+
+    Raises:
+        ValueError: when there are more names than colours, or a label has no name.
+    """
+    labels = np.asarray(labels)
+    if len(names) > len(PALETTE) or labels.max(initial=-1) >= len(names):
+        raise ValueError(f"{len(names)} names for labels up to {labels.max()}, at most 8 colours.")
+    result = image.convert("RGB")
+    at = cell_labels(labels, image.size, frame)
+    width, font = _stroke(image), _font(max(11, min(image.size) // 26))
+    for index in range(len(names)):
+        grey = Image.fromarray(at == index).convert("L")
+        edge = np.asarray(grey) > np.asarray(grey.filter(ImageFilter.MinFilter(2 * width + 1)))
+        tint = Image.new("RGB", image.size, PALETTE[index])
+        result.paste(tint, mask=grey.point(lambda value: round(value * alpha)))
+        result.paste(tint, mask=Image.fromarray(edge))
+    draw = ImageDraw.Draw(result)
+    left, top, right, bottom = seen_area(image.size, frame)
+    for index, name in enumerate(names):
+        cells = np.argwhere(labels == index) + 0.5
+        if len(cells):
+            middle = cells[np.argmin(((cells - cells.mean(0)) ** 2).sum(1))] / labels.shape
+            text = name.split(" (")[0]
+            x = left + middle[1] * (right - left) - (draw.textlength(text, font=font) + 8) / 2
+            y = top + middle[0] * (bottom - top) + (font.size + 6) / 2
+            _tag(draw, (x, y), text, PALETTE[index], font)
+    return _with_legend(result, names)
+
+
+def _with_legend(image: Image.Image, names: Sequence[str]) -> Image.Image:
+    """The image over one coloured chip a name, in lines."""
+    font, x, y, places = _font(14), 8, 8, []
+    for name in names:
+        wide = round(font.getlength(name)) + 30
+        if x > 8 and x + wide > image.width:
+            x, y = 8, y + 24
+        places.append((x, y, name))
+        x += wide
+    result = Image.new("RGB", (image.width, image.height + (y + 26 if names else 0)), PAPER)
+    result.paste(image)
+    draw = ImageDraw.Draw(result)
+    for index, (x, y, name) in enumerate(places):
+        top = image.height + y
+        draw.rectangle((x, top, x + 12, top + 12), fill=PALETTE[index])
+        draw.text((x + 18, top + 6), name, fill=INK, font=font, anchor="lm")
+    return result
 
 
 def _stroke(image: Image.Image) -> int:

@@ -37,14 +37,46 @@ def _env(verbs: argparse._SubParsersAction) -> None:
     parser.set_defaults(module="env")
 
 
+def _measure_reliance(metrics: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    reliance = metrics.add_parser(
+        "visual-reliance",
+        help="drop without key regions: asks about --data, or scores rows with `condition`",
+    )
+    reliance.add_argument(
+        "--data", help="grounded samples: Parquet or Hub id; `scenes` are the demo's"
+    )
+    _common_model(reliance)
+    reliance.add_argument("--count", type=int, help="scenes or samples; all if absent")
+    reliance.add_argument("--answers", help="JSON {id: [accepted answer, ...]}, scored as VQA does")
+    reliance.add_argument("--region", default="bbox", choices=("bbox", "mask"))
+    reliance.add_argument("--fill", default="mean", choices=("mean", "black", "noise", "blur"))
+    reliance.add_argument("--seed", type=int, default=0, help="of noise and of the control's place")
+    reliance.add_argument("--max-new-tokens", type=int, default=16)
+    reliance.add_argument("--batch-size", type=int, default=8)
+    return reliance
+
+
+def _measure_key_expressions(metrics: argparse._SubParsersAction) -> None:
+    parser = metrics.add_parser(
+        "key-expressions", help="a judge's view of expressions and masks (FiVL's evaluation)"
+    )
+    parser.add_argument("--data", required=True, help="grounded samples; `scenes` are the demo's")
+    parser.add_argument("--split", default="train", help="of the Hub's data set or the scenes")
+    parser.add_argument("--count", type=int, help="samples; all if absent")
+    parser.add_argument("--endpoint", required=True, help="base URL of an OpenAI-compatible server")
+    parser.add_argument("--judge", required=True, help="the model's name there")
+    parser.add_argument("--out", required=True, help="write result rows to this JSON file")
+    parser.add_argument("--details", help="write every reply to this JSONL file")
+    parser.add_argument("--cache", help="folder of answered requests; beside --out if absent")
+    parser.set_defaults(module="measure_key_expressions")
+
+
 def _measure(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("measure", help="score prediction rows")
     metrics = parser.add_subparsers(dest="metric", required=True, metavar="METRIC")
     chair = metrics.add_parser("chair", help="hallucinated objects in captions")
     pope = metrics.add_parser("pope", help="yes/no questions on existence; rows carry `answer`")
-    reliance = metrics.add_parser(
-        "visual-reliance", help="drop without key regions; rows carry `answer` and `condition`"
-    )
+    reliance = _measure_reliance(metrics)
     for one in (chair, pope, reliance):
         one.add_argument(
             "--predictions", required=True, help="prediction rows, .jsonl or .jsonl.gz"
@@ -53,6 +85,8 @@ def _measure(verbs: argparse._SubParsersAction) -> None:
         one.add_argument("--arm", default="plain", help="name of the model or method")
         one.add_argument("--split", default="all", help="name of the split")
         one.set_defaults(module="measure")
+    reliance.set_defaults(module="measure_visual_reliance")
+    _measure_key_expressions(metrics)
     chair.add_argument("--objects", required=True, help="JSON {image_id: [object, ...]}")
     chair.add_argument("--nouns", help="text file of nouns, one a line, instead of COCO's lexicon")
     chair.add_argument("--details", help="write one row a caption to this JSONL file")
@@ -69,6 +103,51 @@ def _explain(verbs: argparse._SubParsersAction) -> None:
     tokens.add_argument("--answer", help="explain this answer instead of the model's own")
     tokens.add_argument("--out", default="firsthand-explanation", help="folder for maps and figure")
     tokens.set_defaults(module="explain_tokens")
+    for add in (_explain_heads, _explain_head, _explain_logits):
+        add(kinds)
+
+
+def _explain_heads(kinds: argparse._SubParsersAction) -> None:
+    heads = kinds.add_parser("heads", help="how well each attention head looks at what is named")
+    _common_model(heads)
+    _grounded_data(heads)
+    heads.add_argument("--generated", action="store_true", help="on the model's own answers")
+    heads.add_argument(
+        "--smallest-mask", action="store_true", help="one expression a turn, as FiVL"
+    )
+    heads.add_argument("--max-new-tokens", type=int, default=64, help="of a generated answer")
+    heads.add_argument("--out", default="firsthand-heads", help="folder for grids and figure")
+    heads.set_defaults(module="explain_heads")
+
+
+def _grounded_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="scenes", help="grounded Parquet or Hub id, or `scenes`")
+    parser.add_argument("--split", default="validation", help="of the scenes or Hub data")
+    parser.add_argument("--samples", type=int, help="only the first ones")
+
+
+def _explain_head(kinds: argparse._SubParsersAction) -> None:
+    head = kinds.add_parser("head", help="one attention head's view for every token")
+    _common_model(head)
+    head.add_argument("--layer", type=int, required=True)
+    head.add_argument("--head", type=int, required=True)
+    head.add_argument("--image", required=True)
+    head.add_argument("--question", default="Describe the image.")
+    head.add_argument("--answer", help="read this answer instead of the model's own")
+    head.add_argument("--max-new-tokens", type=int, default=64, help="of the model's own answer")
+    head.add_argument("--out", default="firsthand-head", help="folder for numbers and overlays")
+    head.set_defaults(module="explain_heads")
+
+
+def _explain_logits(kinds: argparse._SubParsersAction) -> None:
+    logits = kinds.add_parser("logits", help="the word that each image token says, and its IoU")
+    _common_model(logits)
+    logits.add_argument("--image", help="one image, drawn; or give --data")
+    _grounded_data(logits)
+    logits.set_defaults(data=None)
+    logits.add_argument("--words", help="draw and merge these, separated by commas")
+    logits.add_argument("--out", default="firsthand-logits", help="folder for maps and figures")
+    logits.set_defaults(module="explain_logits")
 
 
 def _steer(verbs: argparse._SubParsersAction) -> None:
@@ -89,6 +168,37 @@ def _steer(verbs: argparse._SubParsersAction) -> None:
         one.set_defaults(module="steer")
 
 
+def _augment(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("augment", help="make training data out of conversations")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    fivl = kinds.add_parser("fivl", help="key expressions of answers and their masks")
+    fivl.add_argument("--data", required=True, help="LLaVA-format JSON(L), Parquet or Hub id")
+    fivl.add_argument("--images", help="folder that the records' image paths start from")
+    fivl.add_argument("--out", required=True, help="folder for Parquet and card")
+    fivl.add_argument(
+        "--segmenter",
+        default="vision-logits",
+        choices=(
+            "vision-logits",
+            "annotated",
+            "sam3",
+            "grounding-dino+sam",
+            "mm-grounding-dino+sam2",
+            "grounding-dino+segment-anything",
+        ),
+        help="what finds an expression in the image; annotated: masks that the records carry",
+    )
+    fivl.add_argument("--model", help="of vision-logits (the demo model if absent) or sam3")
+    fivl.add_argument("--detector", help="of grounding-dino+..., where not its published one")
+    fivl.add_argument("--mask-model", help="of ...+sam, ...+sam2 or ...+segment-anything")
+    fivl.add_argument("--expressions", default="noun-phrases", choices=("noun-phrases", "endpoint"))
+    fivl.add_argument("--endpoint", help="base URL; its key is read from OPENAI_API_KEY")
+    fivl.add_argument("--endpoint-model", help="the name that the endpoint knows the model by")
+    fivl.add_argument("--split", default="train", help="of --data, where it has splits")
+    fivl.add_argument("--workers", type=int, default=1, help="shards under way at once")
+    fivl.set_defaults(module="augment_fivl")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -96,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Find out, explain and mend hallucination in vision-language models.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_demo, _measure, _explain, _steer, _env):
+    for add in (_demo, _augment, _measure, _explain, _steer, _env):
         add(verbs)
     return parser
 
