@@ -52,6 +52,19 @@ def head_noun(phrase: str) -> str | None:
     return spans[-1][2] if spans else None
 
 
+def compound_noun(phrase: str) -> str | None:
+    """The head noun with the nouns right before it: `traffic light` of `the red traffic light`."""
+    head = head_noun(phrase)
+    words = [m.group().lower() for m in TOKEN.finditer(phrase)]
+    if head is None or head not in words:
+        return head
+    end = len(words) - words[::-1].index(head)
+    start = end - 1
+    while start and _kind(words[start - 1]) == WORD:
+        start -= 1
+    return " ".join(words[start:end])
+
+
 class _Chunker:
     """Grows one phrase at a time over words; `close` keeps it if it names something visible."""
 

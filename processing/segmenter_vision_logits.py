@@ -19,10 +19,10 @@ from PIL import Image
 from firsthand.modeling.families import image_grids
 from firsthand.modeling.vision_modeling import vision_logits
 from firsthand.processing import masks
-from firsthand.processing.collator import word_token
 from firsthand.processing.generation import prepare_inputs
-from firsthand.processing.key_expressions import head_noun
+from firsthand.processing.key_expressions import compound_noun, head_noun
 from firsthand.processing.segmenters import Saliency, Segment
+from firsthand.processing.vision_words import spellings_of
 
 QUESTION = "Describe the image."
 
@@ -77,22 +77,24 @@ class VisionLogits:
         (grid,) = image_grids(self.model.config, inputs)
         return vision_logits(self.model, **inputs)[0].float().softmax(-1).view(*grid, -1).cpu()
 
-    def soft_map(self, image: Image.Image, noun: str, maps: torch.Tensor) -> np.ndarray:
-        """The probability of a noun at each pixel of the original image, float32 [H, W].
+    def soft_map(self, image: Image.Image, nouns: set[str], maps: torch.Tensor) -> np.ndarray:
+        """The probability of any of some nouns at each pixel of the original image, float32 [H, W].
 
-        The probabilities of its ways of writing (singular, plural, capital) add up; it is 0 outside
-        of what the model saw.
+        The probabilities of a noun's spellings, and of its plural's, add up; it is 0 outside of
+        what the model saw.
         """
-        tokens = sorted({word_token(self.processor.tokenizer, w) for w in _variants(noun)})
+        written = nouns | {_plural(noun) for noun in nouns}
+        tokenizer = self.processor.tokenizer
+        tokens = sorted(set().union(*(spellings_of(tokenizer, word) for word in written)))
         return to_pixels(maps[..., tokens].sum(-1), image.size, masks.frame_of(self.processor))
 
     def _segment(
         self, image: Image.Image, phrase: str, maps: torch.Tensor, salient: np.ndarray | None
     ) -> Segment | None:
-        noun = head_noun(phrase)
-        if noun is None:
+        nouns = {noun for noun in (head_noun(phrase), compound_noun(phrase)) if noun}
+        if not nouns:
             return None
-        soft = self.soft_map(image, noun, maps)
+        soft = self.soft_map(image, nouns, maps)
         if soft.max() < self.floor:
             return None
         mask = soft >= self.threshold * soft.max()
@@ -104,9 +106,8 @@ class VisionLogits:
         return Segment(mask, float(soft[mask].mean()), [(left, top, right, bottom)])
 
 
-def _variants(noun: str) -> list[str]:
-    plural = noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
-    return [noun.lower(), plural.lower(), noun.capitalize()]
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
 def to_pixels(grid: torch.Tensor, size: tuple[int, int], frame: masks.Frame) -> np.ndarray:

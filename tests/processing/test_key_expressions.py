@@ -14,6 +14,7 @@ from PIL import Image
 
 from firsthand.processing.key_expressions import (
     by_rule,
+    compound_noun,
     head_noun,
     noun_phrases,
     parse_reply,
@@ -207,3 +208,17 @@ def test_the_request_holds_the_words_and_a_small_image():
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (SENT_PIXELS, SENT_PIXELS // 2)
     assert "Question: What's {{there}}?\nAnswer: A <b> & c" in text["text"]
     assert text["text"] == prompt("What's {{there}}?", "A <b> & c")
+
+
+@pytest.mark.parametrize(
+    ("phrase", "noun"),
+    [
+        ("the red traffic light", "traffic light"),
+        ("a dog", "dog"),
+        ("old wooden table", "table"),
+        ("the baseball bat", "baseball bat"),
+        ("running", None),
+    ],
+)
+def test_compounds_keep_their_nouns(phrase, noun):
+    assert compound_noun(phrase) == noun

@@ -241,7 +241,7 @@ def test_vision_logits_on_every_family(family):
     maps = segmenter.word_maps(IMAGE)
     assert torch.allclose(maps.sum(-1), torch.ones(maps.shape[:2]), atol=1e-4)
     (found,) = segmenter.segment(IMAGE, ["the red dog"])
-    soft = segmenter.soft_map(IMAGE, "dog", maps)
+    soft = segmenter.soft_map(IMAGE, {"dog"}, maps)
     assert soft.shape == found.mask.shape == (60, 80)
     assert np.array_equal(found.mask, soft >= 0.3 * soft.max())
     assert found.score == pytest.approx(soft[found.mask].mean())
