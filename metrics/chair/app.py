@@ -10,6 +10,7 @@ METRIC = evaluate.load(str(Path(__file__).with_name("chair.py")))
 EXAMPLE = {
     "predictions": ["A dog and a cat on a couch."],
     "references": [["dog", "couch"]],
+    "variant": "original",
 }
 
 

@@ -8,7 +8,12 @@ import evaluate
 
 from .coco import COCO
 from .lexicon import lexicon_from_nouns
+from .opera import nltk_tools
 from .scoring import score
+from .truth import objects_from_coco
+from .variants import VARIANTS
+
+__all__ = ["Chair", "nltk_tools", "objects_from_coco"]
 
 _DESCRIPTION = "The share of objects that captions mention and their images do not show."
 _CITATION = """\
@@ -18,11 +23,12 @@ _CITATION = """\
   Saenko, Kate}, booktitle={EMNLP},
   year={2018}
 }"""
-_INPUTS = """\
+_INPUTS = f"""\
 predictions: captions, a list of strings
 references: for each caption the names of the objects its image shows
 nouns: the objects that count; default: the 80 COCO objects under CHAIR's own word list
 synonyms: noun -> further terms, with `nouns` only
+variant: whose word list and counting to follow, one of {", ".join(VARIANTS)}; not with `nouns`
 details: whether to return every counted word with its span"""
 
 
@@ -43,7 +49,15 @@ class Chair(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/1809.02156"],
         )
 
-    def _compute(self, predictions, references, nouns=None, synonyms=None, details=False):
+    def _compute(
+        self,
+        predictions,
+        references,
+        nouns=None,
+        synonyms=None,
+        details=False,
+        variant="original",
+    ):
         lexicon = COCO if nouns is None else lexicon_from_nouns(nouns, synonyms)
         rows = [{"id": i, "image_id": i, "prediction": text} for i, text in enumerate(predictions)]
-        return score(rows, dict(enumerate(references)), lexicon, details)
+        return score(rows, dict(enumerate(references)), lexicon, details, variant)

@@ -10,18 +10,19 @@ What it is not: a parser. It sees neither negation ("no dog") nor sense (orange,
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from itertools import accumulate, compress
+from typing import Any, NamedTuple
 
 __all__ = ["Lexicon", "Mention", "lexicon_from_nouns", "surface_forms"]
 
 _BREAKS = r"\s,;:!?()\[\]{}<>\"@#$%&*‘’“”«»`\u2012-\u2015"
-_CHUNK = re.compile(rf"(?:(?!--)[^{_BREAKS}])+|\S")
 _PIECE = re.compile(rf"--+|[^{_BREAKS}/_.\-]+|[^\s\-_]")
 _CLITIC = re.compile(r"(?:'(?:s|re|ll|ve|d|m)?|\.)+\Z", re.IGNORECASE)
-_REMEMBERED = 200_000
+_PIECES_KEPT = 200_000
+_TEXTS_KEPT = 10_000
 _IRREGULAR = {
     "calf": "calves",
     "child": "children",
@@ -52,14 +53,24 @@ class Mention(NamedTuple):
     node: str
 
 
-class _Word(NamedTuple):
-    """A word of some term. Words of no term are skipped: `place` tells what is next to what."""
+Word = tuple[int, int, str]
+"""A word of some term: its first character, the one after its last, and its singular."""
 
-    place: int
-    start: int
-    end: int
-    singular: str
-    joins_next: bool  # False where punctuation or a clitic separates it from the next word
+
+class _Memo(dict[str, Any]):
+    """What a function finds in a text, found once; forgets everything when it is full."""
+
+    def __init__(self, find: Callable[[str], Any], size: int) -> None:
+        super().__init__()
+        self._find = find
+        self._size = size
+
+    def __missing__(self, text: str) -> Any:
+        found = self._find(text)
+        if len(self) >= self._size:
+            self.clear()
+        self[text] = found
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +85,11 @@ class Lexicon:
             words without naming an object ("home plate").
         dropped_beside: term -> other term; the first is ignored in a text that has the second.
         splits_compounds: whether hyphens and slashes separate words ("teddy-bear" is two).
+        breaks: further characters that separate words.
+        counting: what CHAIR counts: all "mentions"; "distinct false": repeats of a hallucinated
+            term within a caption count once; "distinct": repeats of any term count once.
+        reader: what finds the words of a text in place of `forms`, a tagger for instance; it gives
+            (start, end, singular) of words in order, other words left out or not.
     """
 
     name: str
@@ -82,12 +98,17 @@ class Lexicon:
     compounds: Mapping[str, str]
     dropped_beside: Mapping[str, str]
     splits_compounds: bool
+    breaks: str = ""
+    counting: str = "mentions"
+    reader: Callable[[str], Iterable[Word]] | None = None
 
     @cached_property
     def hash(self) -> str:
         """First 12 hexadecimal digits of the content's SHA-256: equal lexicons, equal hash."""
         tables = (self.nodes, self.forms, self.compounds, self.dropped_beside)
         content = [self.splits_compounds, *(sorted(table.items()) for table in tables)]
+        if (self.breaks, self.counting, self.reader) != ("", "mentions", None):
+            content.append([self.breaks, self.counting, self.reader is not None])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
     @cached_property
@@ -95,12 +116,29 @@ class Lexicon:
         return max((compound.count(" ") + 1 for compound in self.compounds), default=1)
 
     @cached_property
-    def _starts(self) -> frozenset[str]:
-        return frozenset(compound.split(" ", 1)[0] for compound in self.compounds)
+    def _special(self) -> frozenset[str]:
+        """Words that need a look around: first words of compounds, and terms to be dropped."""
+        starts = {compound.split(" ", 1)[0] for compound in self.compounds}
+        return frozenset(starts | self.dropped_beside.keys())
 
     @cached_property
-    def _seen(self) -> dict[str, tuple[str | None, int, int]]:
-        return {}
+    def _nodes_of_names(self) -> _Memo:
+        return _Memo(self._node_of_name, _PIECES_KEPT)
+
+    @cached_property
+    def _words_of_pieces(self) -> _Memo:
+        return _Memo(self._words_of_piece, _PIECES_KEPT)
+
+    @cached_property
+    def _mentions_of_texts(self) -> _Memo:
+        """Whole texts too: a score and its intervals read the same ones."""
+        return _Memo(self._mentions_of_text, _TEXTS_KEPT)
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        if self.splits_compounds:
+            return _PIECE
+        return re.compile(rf"--+|(?:(?!--)[^{_BREAKS}{re.escape(self.breaks)}])+|\S")
 
     def node(self, name: str) -> str:
         """The node of an object's name, as ground truth spells it.
@@ -108,7 +146,10 @@ class Lexicon:
         Raises:
             ValueError: the lexicon has no such term.
         """
-        key = " ".join(str(name).lower().replace("-", " ").split())
+        return self._nodes_of_names[str(name)]
+
+    def _node_of_name(self, name: str) -> str:
+        key = " ".join(name.lower().replace("-", " ").split())
         found = self.nodes.get(key) or self.nodes.get(self.compounds.get(key, ""))
         if found is None:
             raise ValueError(
@@ -120,51 +161,72 @@ class Lexicon:
 
     def mentions(self, text: str) -> list[Mention]:
         """Every object word of `text`, in order; spans are character offsets and never overlap."""
-        words = self._words(text)
-        found, at = [], 0
-        while at < len(words):
-            taken, term = self._term_at(words, at)
-            found.append((words[at].start, words[at + taken - 1].end, term))
-            at += taken
-        terms = {term for _, _, term in found}
-        return [
-            Mention(start, end, term, self.nodes[term])
-            for start, end, term in found
-            if term in self.nodes and self.dropped_beside.get(term) not in terms
-        ]
+        return list(self._mentions_of_texts[text])
 
-    def _words(self, text: str) -> list[_Word]:
-        pattern = _PIECE if self.splits_compounds else _CHUNK
+    def _mentions_of_text(self, text: str) -> tuple[Mention, ...]:
+        words = list(self.reader(text)) if self.reader else self._words(text)
+        nodes, special, make = self.nodes, self._special, tuple.__new__
+        found, at, overrules = [], 0, False
+        while at < len(words):
+            start, end, term = words[at]
+            at += 1
+            if term in special:
+                end, term, at = self._compound(text, words, at - 1)
+                overrules = overrules or term in self.dropped_beside
+            node = nodes.get(term)
+            if node is not None:
+                found.append(make(Mention, (start, end, term, node)))
+        return tuple(self._kept(found) if overrules else found)
+
+    def _kept(self, found: list[Mention]) -> list[Mention]:
+        """Without the terms that another term of the same text overrules."""
+        terms = {mention.term for mention in found}
+        return [m for m in found if self.dropped_beside.get(m.term) not in terms]
+
+    def _words(self, text: str) -> list[Word]:
+        """The words of terms; text between blanks is looked up whole, and only once."""
+        pieces = text.split(" ")
+        entries = list(map(self._words_of_pieces.__getitem__, pieces))
+        starts = list(accumulate(map(len, pieces), initial=0))
         words = []
-        for place, match in enumerate(pattern.finditer(text)):
-            chunk = match.group()
-            singular, lead, length = self._seen.get(chunk) or self._look_up(chunk)
-            if singular is not None:
-                start = match.start() + lead
-                joins = length == len(chunk)
-                words.append(_Word(place, start, start + length, singular, joins))
+        for i in compress(range(len(entries)), entries):
+            offset = starts[i] + i
+            for start, end, singular in entries[i]:
+                words.append((offset + start, offset + end, singular))
         return words
 
-    def _look_up(self, chunk: str) -> tuple[str | None, int, int]:
-        """The singular of a chunk of text, and where the word stands in it: offset and length."""
-        bare = _CLITIC.sub("", chunk)
-        word = bare.lstrip("'")
-        entry = (self.forms.get(word.lower()), len(bare) - len(word), len(word))
-        if len(self._seen) < _REMEMBERED:
-            self._seen[chunk] = entry
-        return entry
+    def _words_of_piece(self, piece: str) -> tuple[Word, ...]:
+        if piece.isalpha():
+            singular = self.forms.get(piece.lower())
+            return ((0, len(piece), singular),) if singular is not None else ()
+        words = []
+        for match in self._pattern.finditer(piece):
+            bare = _CLITIC.sub("", match.group())
+            word = bare.lstrip("'")
+            singular = self.forms.get(word.lower())
+            if singular is not None:
+                start = match.start() + len(bare) - len(word)
+                words.append((start, start + len(word), singular))
+        return tuple(words)
 
-    def _term_at(self, words: list[_Word], at: int) -> tuple[int, str]:
-        """How many words the longest term that starts at `at` takes, and the term."""
-        singular = words[at].singular
-        if singular in self._starts:
-            for size in range(min(self._longest, len(words) - at), 1, -1):
-                run = words[at : at + size]
-                if run[-1].place - run[0].place == size - 1 and all(w.joins_next for w in run[:-1]):
-                    term = self.compounds.get(" ".join(word.singular for word in run))
-                    if term is not None:
-                        return size, term
-        return 1, singular
+    def _compound(self, text: str, words: list[Word], at: int) -> tuple[int, str, int]:
+        """The longest term that starts at `at`: where it ends, its name, and what follows it."""
+        last = at
+        while last + 1 < len(words) and last - at + 1 < self._longest:
+            if not self._adjacent(text[words[last][1] : words[last + 1][0]]):
+                break
+            last += 1
+        for end in range(last, at, -1):
+            term = self.compounds.get(" ".join(word for _, _, word in words[at : end + 1]))
+            if term is not None:
+                return words[end][1], term, end + 1
+        return words[at][1], words[at][2], at + 1
+
+    def _adjacent(self, between: str) -> bool:
+        """Whether text between two words is only a gap: no punctuation, clitic or other word."""
+        if self.splits_compounds:
+            return "--" not in between and not between.replace("-", "").replace("_", "").strip()
+        return not between.strip()
 
 
 def surface_forms(word: str) -> list[str]:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from firsthand.metrics.chair import lexicon as lexicons
 from firsthand.metrics.chair.coco import CATEGORIES, COCO, READ_AS
 from firsthand.metrics.chair.lexicon import lexicon_from_nouns, surface_forms
 
@@ -110,10 +111,20 @@ def test_coco_has_eighty_categories_and_distinct_terms():
         ("A stove top oven", ["oven", "oven"]),
         ("A teddy-bear; cup/bottle", []),
         ("A tennis racket near a dining table", ["tennis racket", "dining table"]),
+        ("A hot\ndog, a hot  dog; hot, dog", ["hot dog", "hot dog", "dog"]),
+        ('A dog--cat, a "cup", kine', ["dog", "cat", "cup", "cow"]),
     ],
 )
 def test_coco_counts_as_chair_does(text, nodes):
     assert [mention.node for mention in COCO.mentions(text)] == nodes
+
+
+def test_memory_is_bounded_and_changes_no_answer():
+    calls = []
+    memo = lexicons._Memo(lambda text: calls.append(text) or len(text), size=2)
+    assert [memo[text] for text in ("a", "bb", "a", "ccc", "a")] == [1, 2, 1, 3, 1]
+    assert calls == ["a", "bb", "ccc", "a"]  # the third text emptied it
+    assert len(memo) <= 2
 
 
 def test_unknown_object_is_refused_by_name():
