@@ -41,6 +41,7 @@ from firsthand.recipes.grounded import (
     Reasons,
     Sample,
     drop,
+    last_sample,
     seen_coverage,
     usable_expressions,
     usable_samples,
@@ -99,11 +100,10 @@ class HeadStudy:
 
     def read(self, samples: Any, count: int | None = None, progress: bool = True) -> None:
         """Take in the first `count` grounded samples (a list or `datasets.Dataset`)."""
-        last = [samples[len(samples) - 1]] if len(samples) else []
-        other = next(usable_samples(last, None, [], progress=False), None)
+        other = last_sample(samples)
         for sample in usable_samples(samples, count, self.dropped, progress):
-            foreign = other is not None and other["id"] != sample["id"]
-            self._add_sample(sample, _masks(other) if foreign else [])
+            foreign = _masks(other) if other and other["id"] != sample["id"] else []
+            self._add_sample(sample, foreign)
             other = sample if _masks(sample) else other
 
     def _add_sample(self, sample: Sample, others: list[np.ndarray]) -> None:
@@ -129,7 +129,8 @@ class HeadStudy:
         if not wanted:
             return
         attention = head_attention(self.model, answered.inputs, answered.producers(wanted))
-        grid, rows = attention.shape[-2:], attention.flatten(-2).numpy()
+        grid = (attention.shape[-2], attention.shape[-1])
+        rows = attention.flatten(-2).numpy()
         for number, (expression, found) in enumerate(zip(expressions, tokens, strict=True)):
             coverage = seen_coverage(expression.mask, grid, frame_of(self.processor))
             if coverage is None:

@@ -29,7 +29,14 @@ from firsthand.processing.masks import encode, frame_of, patch_coverage
 from firsthand.processing.overlays import PALETTE, cell_labels, contact_sheet, heatmap, regions
 from firsthand.processing.vision_words import Reading, best_iou, read_words, region_iou
 from firsthand.recipes.explain_heads import one_view
-from firsthand.recipes.grounded import Reasons, Sample, drop, usable_expressions, usable_samples
+from firsthand.recipes.grounded import (
+    Reasons,
+    Sample,
+    drop,
+    last_sample,
+    usable_expressions,
+    usable_samples,
+)
 from firsthand.recipes.inputs import load_model, open_image, write_rows
 
 QUESTION = "Describe the image."  # stands behind the image, so that no image token sees it
@@ -163,8 +170,7 @@ def measure(
     drawn: list[Image.Image] = []
     dropped: Reasons = []
     frame, tokenizer = frame_of(processor), processor.tokenizer
-    last = [samples[len(samples) - 1]] if len(samples) else []
-    other = next(usable_samples(last, None, [], progress=False), None)
+    other = last_sample(samples)
     for sample in usable_samples(samples, count, dropped):
         masks = masks_by_word(sample, dropped)
         if not masks:

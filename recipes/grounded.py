@@ -56,6 +56,14 @@ def usable_samples(
             yield sample
 
 
+def last_sample(samples: Any) -> Sample | None:
+    """The last of some samples: the control of the first. None where it cannot be used."""
+    try:
+        return samples[len(samples) - 1] if samples[len(samples) - 1]["image"] else None
+    except (IndexError, *BROKEN):
+        return None
+
+
 def usable_expressions(sample: Sample, turn: int, dropped: Reasons) -> list[Expression]:
     """The expressions of one turn whose mask and characters are right; others go to `dropped`."""
     found = []

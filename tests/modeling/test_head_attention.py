@@ -1,97 +1,85 @@
-"""Captured rows equal the eager full maps; nothing else of the model changes."""
+"""Captured attention rows against transformers' own eager maps, in every family."""
 
 import pytest
 import torch
-from tiny_models import TINY, tiny_image, tiny_inputs, tiny_processor, tiny_prompt
+from tiny_models import (
+    TINY,
+    tiny_image,
+    tiny_inputs,
+    tiny_llava,
+    tiny_processor,
+    tiny_prompt,
+)
 
 from firsthand.modeling.families import image_grids, image_mask
-from firsthand.modeling.head_attention import head_attention
+from firsthand.modeling.head_attention import NAME, head_attention
 from firsthand.modeling.relevancy_attention import implementations
 
 
-@pytest.fixture(params=sorted(TINY))
-def parts(request):
-    model = TINY[request.param]()
-    return model, dict(tiny_inputs(tiny_processor(request.param), ["Is there a dog?"]))
-
-
 def eager_rows(model, inputs, positions):
-    """The oracle: full maps of eager attention, cut afterwards."""
-    before = implementations(model.config)
-    model.set_attn_implementation("eager")
+    """The full maps of transformers' eager attention, and the wanted part of them."""
+    model.set_attn_implementation({"text_config": "eager"})
     with torch.no_grad():
-        maps = model(**inputs, output_attentions=True, use_cache=False).attentions
-    model.set_attn_implementation(before)
-    columns = image_mask(model, inputs["input_ids"])[0]
-    whole = torch.stack([layer[0] for layer in maps])  # [L, H, n, n]
-    return whole[:, :, positions][..., columns]
+        maps = model.base_model(**inputs, output_attentions=True, use_cache=False).attentions
+    image = image_mask(model, inputs["input_ids"])[0]
+    rows = torch.stack(maps)[:, 0][:, :, positions][..., image]
+    return rows.unflatten(-1, image_grids(model.config, inputs)[0])
 
 
-def test_rows_equal_the_full_maps(parts):
-    model, inputs = parts
-    length = inputs["input_ids"].shape[1]
-    positions = [length - 1, length - 3, length - 2]
-    rows = head_attention(model, inputs, positions)
-    (grid,) = image_grids(model.config, inputs)
-    assert rows.shape == (2, 4, 3, *grid) and rows.dtype == torch.float32
-    expected = eager_rows(model, inputs, positions)
-    torch.testing.assert_close(rows.flatten(-2), expected.float(), atol=1e-6, rtol=0)
-    assert 0 < rows.flatten(-2).sum(-1).max() <= 1
-
-
-def test_positions_before_the_image_see_nothing_of_it(parts):
-    model, inputs = parts
-    first = int(image_mask(model, inputs["input_ids"])[0].nonzero()[0])
-    assert not head_attention(model, inputs, [first - 1]).any()
-
-
-def test_the_model_is_left_as_it_was(parts):
-    model, inputs = parts
-    model.train()
-    before, implementation = model(**inputs).logits, implementations(model.config)
-    head_attention(model, inputs, [1])
-    assert model.training and implementations(model.config) == implementation
-    model.eval()
-    assert torch.equal(model(**inputs).logits, TINY[model.config.model_type]()(**inputs).logits)
-    assert before.shape == model(**inputs).logits.shape
-
-
-def test_it_works_through_peft_and_under_steering():
-    peft = pytest.importorskip("peft")
-    from firsthand.modeling import SteeringVector, attach_steering
-
-    model, inputs = TINY["internvl"](), dict(tiny_inputs(tiny_processor("internvl")))
-    plain = head_attention(model, inputs, [5])
-    with attach_steering(model, SteeringVector({0: torch.ones(32)}), strength=5.0):
-        assert not torch.allclose(head_attention(model, inputs, [5])[1], plain[1])
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    assert torch.equal(head_attention(wrapped, inputs, [5]), plain)
-
-
-def test_one_row_with_one_image_is_needed(parts):
-    model, inputs = parts
-    length = inputs["input_ids"].shape[1]
-    for wrong in ([], [length], [-1]):
-        with pytest.raises(ValueError, match=f"give some of 0 to {length - 1}"):
-            head_attention(model, inputs, wrong)
-    two = tiny_inputs(tiny_processor(model.config.model_type), ["What?", "What?"])
-    with pytest.raises(ValueError, match="2 rows and 2 images"):
-        head_attention(model, two, [3])
-
-
-def test_tiles_are_refused():
-    processor = tiny_processor("idefics3")
-    processor.image_processor.do_image_splitting = True
-    prompt = tiny_prompt(processor)
-    inputs = processor(images=[[tiny_image()]], text=[prompt], return_tensors="pt")
-    with pytest.raises(ValueError, match="switch image splitting off"):
-        head_attention(TINY["idefics3"](), inputs, [3])
-
-
-def test_an_error_restores_the_model(parts):
-    model, inputs = parts
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_rows_are_those_of_eager_attention(family):
+    model, inputs = TINY[family](), tiny_inputs(tiny_processor(family))
+    last = inputs["input_ids"].shape[1] - 1
+    positions = [last, last - 3]
     before = implementations(model.config)
-    broken = {**inputs, "attention_mask": torch.ones(1, 3, 5, 7, 9)}
-    with pytest.raises(Exception):  # noqa: B017
-        head_attention(model, broken, [3])
+    rows = head_attention(model, inputs, positions)
+    assert implementations(model.config) == before != NAME
+    expected = eager_rows(model, inputs, positions)
+    assert rows.dtype == torch.float32 and rows.shape == expected.shape
+    torch.testing.assert_close(rows, expected, atol=1e-6, rtol=0)
+    assert rows.flatten(-2).sum(-1).max() < 1 and rows.std() > 0
+
+
+def test_only_image_columns_of_wanted_rows_are_kept():
+    model, inputs = tiny_llava(), tiny_inputs(tiny_processor("llava"))
+    kept = []
+    softmax = torch.softmax
+
+    def counting(scores, dim):
+        kept.append(scores.shape)
+        return softmax(scores, dim=dim)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "softmax", counting)
+        head_attention(model, inputs, [20])
+    assert kept == [torch.Size([4, 1, inputs["input_ids"].shape[1]])] * 2
+
+
+def test_mode_and_attention_are_restored_after_an_error():
+    model, inputs = tiny_llava(), tiny_inputs(tiny_processor("llava"))
+    model.train()
+    before = implementations(model.config)
+    broken = {**inputs, "pixel_values": torch.zeros(1, 1)}
+    with pytest.raises((ValueError, RuntimeError)):
+        head_attention(model, broken, [20])
     assert implementations(model.config) == before
+    assert model.training and all(m.training for m in model.modules())
+
+
+def test_what_cannot_be_read_is_refused():
+    model, processor = tiny_llava(), tiny_processor("llava")
+    inputs = tiny_inputs(processor)
+    with pytest.raises(ValueError, match="give some of 0 to"):
+        head_attention(model, inputs, [inputs["input_ids"].shape[1]])
+    with pytest.raises(ValueError, match="give some of 0 to"):
+        head_attention(model, inputs, [])
+    with pytest.raises(ValueError, match="2 rows and 2 images"):
+        head_attention(model, tiny_inputs(processor, ["a", "a"]), [20])
+    family = TINY["idefics3"]()
+    splitting = tiny_processor("idefics3")
+    splitting.image_processor.do_image_splitting = True
+    big = tiny_image(0, 300, 200)
+    text = tiny_prompt(splitting)
+    tiles = splitting(images=[[big]], text=[text], return_tensors="pt")
+    with pytest.raises(ValueError, match="image splitting off"):
+        head_attention(family, tiles, [20])

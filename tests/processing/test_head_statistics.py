@@ -1,6 +1,6 @@
-"""Each statistic against its slow textbook form, by area; running means against numpy."""
+"""Head statistics against slow textbook loops over pixels, and scipy where it is installed."""
 
-import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,140 +17,154 @@ from firsthand.processing.head_statistics import (
     statistics,
 )
 
-shares = st.integers(0, 4).map(lambda n: n / 4)
-rows = st.lists(st.tuples(st.integers(0, 6), shares), min_size=1, max_size=12)
+PIXELS = 4  # of each token, so that coverages are quarters
 
 
-def slow_ranks(values):
-    return [
-        1 + sum(other < one for other in values) + (sum(other == one for other in values) - 1) / 2
-        for one in values
-    ]
+@st.composite
+def cases(draw):
+    """Rows with many ties, and a coverage in quarters that is neither empty nor full."""
+    n = draw(st.integers(2, 9))
+    rows = draw(
+        st.lists(st.lists(st.integers(0, 4), min_size=n, max_size=n), min_size=1, max_size=3)
+    )
+    quarters = draw(st.lists(st.integers(0, 4), min_size=n, max_size=n))
+    if sum(quarters) in (0, 4 * n):
+        quarters[0] = 2
+    return np.array(rows, float) / 7, np.array(quarters) / 4
 
 
-def slow_spearman(attention, coverage):
-    a, b = np.array(slow_ranks(attention)), np.array(slow_ranks(coverage))
-    if len(set(attention)) < 2 or len(set(coverage)) < 2:
-        return math.nan
-    return float(np.corrcoef(a, b)[0, 1])
+def pixels(row, coverage):
+    """(attention, inside) of every pixel of a coverage in quarters."""
+    return [(a, k < c * PIXELS) for a, c in zip(row, coverage, strict=True) for k in range(PIXELS)]
 
 
-def slow_auroc(attention, coverage):
-    won = possible = 0.0
-    for one, inside in zip(attention, coverage, strict=True):
-        for other, covered in zip(attention, coverage, strict=True):
-            weight = inside * (1 - covered)
-            possible += weight
-            won += weight * (1.0 if one > other else 0.5 if one == other else 0.0)
-    return won / possible if possible else math.nan
+def slow_auroc(row, coverage):
+    inside = [a for a, hit in pixels(row, coverage) if hit]
+    outside = [a for a, hit in pixels(row, coverage) if not hit]
+    won = [(a > b) + (a == b) / 2 for a, b in product(inside, outside)]
+    return sum(won) / len(won)
 
 
-def slow_average_precision(attention, coverage):
-    total = 0.0
-    for one, inside in zip(attention, coverage, strict=True):
-        above = [c for other, c in zip(attention, coverage, strict=True) if other >= one]
-        total += inside * sum(above) / len(above)
-    return total / sum(coverage) if sum(coverage) else math.nan
+def slow_average_precision(row, coverage):
+    """The mean over pixels of the mask of the precision at their threshold."""
+    spots = pixels(row, coverage)
+    found = []
+    for a in [a for a, hit in spots if hit]:
+        chosen = [hit for b, hit in spots if b >= a]
+        found.append(sum(chosen) / len(chosen))
+    return sum(found) / len(found)
 
 
-def slow_energy(attention, coverage):
-    if not sum(attention) or not sum(coverage):
-        return math.nan
-    inside = sum(a * c for a, c in zip(attention, coverage, strict=True)) / sum(attention)
-    return inside / (sum(coverage) / len(coverage))
+def slow_energy_ratio(row, coverage):
+    spots = pixels(row, coverage)
+    total = sum(a for a, _ in spots)
+    if total == 0:
+        return np.nan
+    share = sum(a for a, hit in spots if hit) / total
+    return share / (sum(hit for _, hit in spots) / len(spots))
 
 
-def slow_pointing(attention, coverage):
-    best = [c for a, c in zip(attention, coverage, strict=True) if a == max(attention)]
-    return sum(best) / len(best) if sum(coverage) else math.nan
+def slow_pointing_game(row, coverage):
+    spots = pixels(row, coverage)
+    best = max(a for a, _ in spots)
+    hits = [hit for a, hit in spots if a == best]
+    return sum(hits) / len(hits)
 
 
-SLOW = {
-    "spearman": slow_spearman,
-    "auroc": slow_auroc,
-    "average_precision": slow_average_precision,
-    "energy_ratio": slow_energy,
-    "pointing_game": slow_pointing,
-}
+def slow_ranks(row):
+    return [sum(b < a for b in row) + (sum(b == a for b in row) + 1) / 2 for a in row]
 
 
-@settings(max_examples=200, deadline=None)
-@given(rows)
-def test_all_equal_their_textbook_form(pairs):
-    attention = [float(a) for a, _ in pairs]
-    coverage = [c for _, c in pairs]
-    found = statistics(np.array(attention), np.array(coverage))
-    assert set(found) == set(STATISTICS) == set(SLOW)
-    for name, slow in SLOW.items():
-        expected = slow(attention, coverage)
-        assert found[name] == pytest.approx(expected, abs=1e-9, nan_ok=True), name
+def slow_spearman(row, coverage):
+    a, b = slow_ranks(row), slow_ranks(coverage)
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        return np.nan
+    return np.corrcoef(a, b)[0, 1]
 
 
-def test_many_heads_at_once_equal_one_by_one():
-    attention = np.random.default_rng(0).random((3, 4, 5, 16)).round(1)
-    coverage = np.random.default_rng(1).integers(0, 3, 16) / 2
-    whole = statistics(attention, coverage)
-    for place in np.ndindex(3, 4, 5):
-        for name, value in statistics(attention[place], coverage).items():
-            assert whole[name][place] == pytest.approx(value, nan_ok=True)
-    again = statistics(ordered(attention), coverage)
-    assert all(np.array_equal(whole[n], again[n], equal_nan=True) for n in whole)
+SLOW = {name: globals()[f"slow_{name}"] for name in STATISTICS}
 
 
-def test_the_published_ceiling_of_spearman_under_ties():
-    """Perfect attention reaches 0.75 for a mask of a quarter and 0.38 for one of a twentieth."""
-    for share, ceiling in ((0.25, 0.75), (0.05, 0.38)):
-        coverage = np.zeros(400)
-        coverage[: int(400 * share)] = 1
-        attention = np.linspace(1, 0, 400)
-        found = statistics(attention, coverage)
-        assert found["spearman"] == pytest.approx(ceiling, abs=0.01)
-        assert found["auroc"] == 1 and found["average_precision"] == 1
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_statistics_are_the_textbooks(case):
+    rows, coverage = case
+    found = statistics(rows, coverage)
+    assert set(found) == set(STATISTICS)
+    for name, values in found.items():
+        expected = [SLOW[name](row, coverage) for row in rows]
+        np.testing.assert_allclose(values, expected, atol=1e-12, err_msg=name)
 
 
-@given(rows)
-def test_no_attention_beats_the_ceiling(pairs):
-    coverage = np.array([c for _, c in pairs])
-    best = ceilings(coverage)
-    for name, value in statistics(np.array([float(a) for a, _ in pairs]), coverage).items():
-        assert math.isnan(value) or value <= best[name] + 1e-9 or math.isnan(best[name])
+def test_spearman_is_scipys():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    attention, coverage = rng.integers(0, 9, (3, 4, 30)) / 9, rng.integers(0, 3, 30) / 2
+    found = statistics(attention, coverage)["spearman"]
+    for at in np.ndindex(3, 4):
+        expected = scipy_stats.spearmanr(attention[at], coverage).statistic
+        assert found[at] == pytest.approx(expected, abs=1e-12)
 
 
-def test_ranks_share_ties():
-    assert ranks(ordered([[3, 1, 3, 2]])).tolist() == [[3.5, 1.0, 3.5, 2.0]]
+def test_shapes_and_reuse_of_the_order():
+    rng = np.random.default_rng(0)
+    attention, coverage = rng.random((2, 3, 4, 10)), rng.random(10)
+    found, again = statistics(attention, coverage), statistics(ordered(attention), coverage)
+    for name in STATISTICS:
+        assert found[name].shape == (2, 3, 4)
+        np.testing.assert_array_equal(found[name], again[name])
+    np.testing.assert_array_equal(ranks(ordered([[3.0, 1.0, 3.0]])), [[2.5, 1.0, 2.5]])
 
 
-def test_rows_that_are_not_finite_have_no_value():
-    found = statistics(np.array([[1.0, np.nan], [1.0, 2.0]]), np.array([0.0, 1.0]))
-    assert all(np.isnan(v[0]) and not np.isnan(v[1]) for v in found.values())
+def test_perfect_attention_reaches_the_ceiling_and_known_values():
+    coverage = np.zeros(20)
+    coverage[:5] = 1
+    found = {k: float(v) for k, v in statistics(coverage, coverage).items()}
+    expected = {"spearman": 1, "auroc": 1, "average_precision": 1, "energy_ratio": 4}
+    expected |= {"pointing_game": 1}
+    assert found == pytest.approx(expected)
+    assert ceilings(coverage) == pytest.approx(expected)
+    distinct = np.arange(20, 0, -1)
+    assert statistics(distinct, coverage)["spearman"] == pytest.approx(0.75, abs=0.01)
 
 
-def test_wrong_coverage_is_refused():
-    for wrong in ([0.5], [0.5, 1.5], [0.5, np.nan]):
-        with pytest.raises(ValueError, match="must hold one share"):
-            statistics(np.ones(2), np.array(wrong))
+@settings(max_examples=30, deadline=None)
+@given(cases())
+def test_nothing_exceeds_its_ceiling(case):
+    rows, coverage = case
+    best, found = ceilings(coverage), statistics(rows, coverage)
+    for name, values in found.items():
+        if not np.isnan(best[name]):
+            assert np.nanmax(np.append(values, -1)) <= best[name] + 1e-9, name
+
+
+def test_undefined_values_are_nan_and_stay_in_their_row():
+    coverage = np.array([1.0, 0, 0, 0])
+    found = statistics([[0, 0, 0, 0], [1, 2, np.nan, 0], [4, 1, 1, 0]], coverage)
+    assert np.isnan(found["spearman"][:2]).all() and np.isnan(found["energy_ratio"][:2]).all()
+    assert found["auroc"][0] == 0.5 and np.isnan(found["auroc"][1])
+    assert all(np.isfinite(values[2]) for values in found.values())
+    assert all(np.isnan(v) for v in statistics([1, 2], [0, 0]).values())
+    with pytest.raises(ValueError, match=r"shape \(3,\) for rows of 4"):
+        statistics([1, 2, 3, 4], [0, 0, 1])
 
 
 def test_running_means_leave_nan_out():
-    values = np.random.default_rng(0).random((7, 2, 3))
-    values[2, 0, 0] = values[:, 1, 1] = np.nan
-    values[1:, 1, 2] = np.nan
+    rng = np.random.default_rng(0)
+    values = rng.random((7, 2, 3))
+    values[rng.random(values.shape) < 0.3] = np.nan
+    values[:, 0, 0], values[1:, 0, 1], values[0, 0, 1] = np.nan, np.nan, 5
     grid = Grid((2, 3))
     for one in values:
         grid.add(one)
-    known = (~np.isnan(values)).sum(0)
-    assert np.array_equal(grid.count, known)
-    with np.errstate(all="ignore"):
-        mean = np.nanmean(np.where(known > 0, values, np.nan), 0) if known.all() else None
-    expected = [[np.nanmean(c) if not np.isnan(c).all() else np.nan for c in r] for r in
-                values.transpose(1, 2, 0)]  # fmt: skip
-    np.testing.assert_allclose(grid.mean, expected)
-    error = grid.standard_error
-    clean = values[:, 0, 1]
-    assert error[0, 1] == pytest.approx(clean.std(ddof=1) / math.sqrt(7)) and mean is None
-    assert np.isnan(error[1, 1]) and np.isnan(error[1, 2])
-
-
-def test_means_over_tokens():
-    assert mean_over_tokens(np.array([[1.0, np.nan, 3.0], [np.nan] * 3])).tolist()[0] == 2.0
-    assert np.isnan(mean_over_tokens(np.array([np.nan])))
+    known = ~np.isnan(values)
+    np.testing.assert_array_equal(grid.count, known.sum(0))
+    for at in np.ndindex(2, 3):
+        column = values[:, *at][known[:, *at]]
+        expected = column.mean() if len(column) else np.nan
+        error = column.std(ddof=1) / np.sqrt(len(column)) if len(column) > 1 else np.nan
+        np.testing.assert_allclose(grid.mean[at], expected)
+        np.testing.assert_allclose(grid.standard_error[at], error)
+    np.testing.assert_array_equal(
+        mean_over_tokens(np.array([[1, np.nan], [np.nan] * 2])), [1, np.nan]
+    )
