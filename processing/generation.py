@@ -56,6 +56,15 @@ def prepare_inputs(processor: Any, rows: list[Row], device: Any = "cpu") -> Any:
     ).to(device)
 
 
+def one_view(processor: Any) -> Any:
+    """The processor, showing each image once and whole: tiles of it are switched off."""
+    settings = processor.image_processor.to_dict()
+    for name in ("do_image_splitting", "crop_to_patches"):
+        if settings.get(name):
+            setattr(processor.image_processor, name, False)
+    return processor
+
+
 class ImageFeatures:
     """The projected features of images by key, up to CACHED_BYTES of them; encodes the missing."""
 

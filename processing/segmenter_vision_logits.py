@@ -19,7 +19,7 @@ from PIL import Image
 from firsthand.modeling.families import image_grids
 from firsthand.modeling.vision_modeling import vision_logits
 from firsthand.processing import masks
-from firsthand.processing.generation import prepare_inputs
+from firsthand.processing.generation import one_view, prepare_inputs
 from firsthand.processing.key_expressions import compound_noun, head_noun
 from firsthand.processing.segmenters import Saliency, Segment
 from firsthand.processing.vision_words import spellings_of
@@ -54,7 +54,7 @@ class VisionLogits:
         for name, value in (("threshold", threshold), ("floor", floor), ("salient", salient)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it must lie in 0..1")
-        self.model, self.processor, self.saliency = model, processor, saliency
+        self.model, self.processor, self.saliency = model, one_view(processor), saliency
         self.threshold, self.floor, self.salient = threshold, floor, salient
 
     def segment(self, image: Image.Image, phrases: Sequence[str]) -> list[Segment | None]:

@@ -26,6 +26,7 @@ from firsthand.metrics.results import protocol
 from firsthand.modeling.families import unwrap
 from firsthand.modeling.head_attention import head_attention
 from firsthand.processing.answered import Answered, forced, generated
+from firsthand.processing.generation import one_view
 from firsthand.processing.head_statistics import (
     CHANCE,
     STATISTICS,
@@ -55,15 +56,6 @@ ARMS = ("plain", "shuffled")
 def run(args: argparse.Namespace) -> int:
     """`heads` writes heads.json and heads.png; `head` writes head.json and tokens.png."""
     return _run_heads(args) if args.kind == "heads" else _run_head(args)
-
-
-def one_view(processor: Any) -> Any:
-    """The processor, showing each image once and whole: tiles of it are switched off."""
-    settings = processor.image_processor.to_dict()
-    for name in ("do_image_splitting", "crop_to_patches"):
-        if settings.get(name):
-            setattr(processor.image_processor, name, False)
-    return processor
 
 
 @dataclass

@@ -24,11 +24,10 @@ from PIL import Image
 from firsthand.metrics.results import protocol, result_rows, table, write_results
 from firsthand.modeling.families import image_grids, unwrap
 from firsthand.modeling.vision_modeling import vision_logits
-from firsthand.processing.generation import prepare_inputs
+from firsthand.processing.generation import one_view, prepare_inputs
 from firsthand.processing.masks import encode, frame_of, patch_coverage
 from firsthand.processing.overlays import PALETTE, cell_labels, contact_sheet, heatmap, regions
 from firsthand.processing.vision_words import Reading, best_iou, read_words, region_iou
-from firsthand.recipes.explain_heads import one_view
 from firsthand.recipes.grounded import (
     Reasons,
     Sample,

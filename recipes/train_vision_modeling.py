@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from tqdm.auto import tqdm
 
 from firsthand.processing.collator import Conflict, Noun, VisionLabelCollator
+from firsthand.processing.generation import one_view
 from firsthand.processing.masks import Frame
 from firsthand.recipes.trainers.vision_modeling import (
     Train,
@@ -220,7 +221,7 @@ def run(recipe: RecipeArguments, settings: VisionModelingConfig) -> VisionModeli
     model, processor = load_model(recipe.model)
     model = with_head(model, recipe.vision_head)
     collator = VisionLabelCollator(
-        processor, model.config, recipe.frame, recipe.threshold, recipe.max_area,  # type: ignore[arg-type]
+        one_view(processor), model.config, recipe.frame, recipe.threshold, recipe.max_area,  # type: ignore[arg-type]
         recipe.conflict, recipe.noun, settings.seed,
     )  # fmt: skip
     model = make_trainable(model, recipe.train, recipe.lora_rank, recipe.lora_projector)

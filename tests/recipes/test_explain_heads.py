@@ -13,10 +13,11 @@ from firsthand.datasets_scripts.fivl.fivl import features
 from firsthand.modeling.families import image_grids, image_mask
 from firsthand.processing.answered import forced, generated
 from firsthand.processing.figures import grids
+from firsthand.processing.generation import one_view
 from firsthand.processing.head_statistics import STATISTICS, statistics
 from firsthand.processing.masks import decode, encode, patch_coverage
 from firsthand.recipes.cli import main
-from firsthand.recipes.explain_heads import HeadStudy, best_heads, one_view
+from firsthand.recipes.explain_heads import HeadStudy, best_heads
 
 QUESTION, ANSWER = "Describe the image.", "a dog top left, a cup, a dog center."
 
