@@ -105,7 +105,8 @@ def perturb(
         radius = BLUR * max(image.size)
         content = np.array(image.convert("RGB").filter(ImageFilter.GaussianBlur(radius)))
     else:
-        content = np.broadcast_to(np.uint8(colour if fill == "mean" else (0, 0, 0)), pixels.shape)
+        one = np.array(colour if fill == "mean" else (0, 0, 0), dtype=np.uint8)
+        content = np.broadcast_to(one, pixels.shape)
     pixels[region] = content[region]
     return Image.fromarray(pixels)
 

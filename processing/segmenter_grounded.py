@@ -73,9 +73,9 @@ def load(
 
         return Detected(name, find, Sam2Masks(Sam2Model.from_pretrained(source)))
     if name.endswith("+sam"):
-        net = transformers.SamModel.from_pretrained(source)
+        sam = transformers.SamModel.from_pretrained(source)
         processor = transformers.SamProcessor.from_pretrained(source)
-        return Detected(name, find, SamMasks(net, processor))
+        return Detected(name, find, SamMasks(sam, processor))
     return Detected(name, find, SegmentAnythingMasks(load_segment_anything(source)))
 
 
@@ -160,7 +160,8 @@ class GroundingDetector:
     def _texts(self, phrases: Sequence[str]) -> list[tuple[int, str, list[tuple[int, int]]]]:
         """Texts of at most `max_text_len` tokens: first phrase, text, each phrase's characters."""
         limit, texts = self.model.config.max_text_len, []
-        start, text, spans = 0, "", []
+        start, text = 0, ""
+        spans: list[tuple[int, int]] = []
         for number, phrase in enumerate(phrases):
             clean = " ".join(phrase.lower().replace(".", " ").split())
             longer = f"{text} {clean}.".strip()

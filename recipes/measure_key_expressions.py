@@ -26,7 +26,12 @@ from firsthand.recipes import grounded
 from firsthand.recipes.inputs import write_rows
 
 Item = dict[str, Any]  # id, image, question, answer, phrase, mask
-SETTINGS = {"temperature": 0.0, "max_tokens": 256, "response_format": {"type": "json_object"}}
+MAX_TOKENS = 256  # of a reply
+SETTINGS: dict[str, Any] = {
+    "temperature": 0.0,
+    "max_tokens": MAX_TOKENS,
+    "response_format": {"type": "json_object"},
+}
 METRICS = {  # of each question: metric -> the value of a parsed reply
     "importance": {
         "importance": lambda reply: float(reply["degree"]),
@@ -113,7 +118,7 @@ def score(asked: list[Item], replies: dict[str, list[Reply]], judge_name: str) -
         [item["id"] for item in asked],
         prompt=" | ".join(sorted(QUESTIONS)),
         decoding="temperature 0",
-        max_new_tokens=SETTINGS["max_tokens"],
+        max_new_tokens=MAX_TOKENS,
         variant=f"judge {judge_name}",
     )
     found = []
