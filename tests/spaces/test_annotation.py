@@ -18,7 +18,6 @@ from firsthand.processing.masks import encode
 from firsthand.spaces.annotation import app as space
 from firsthand.spaces.annotation.labels import QUESTIONS, Labels, agreement
 
-CHROMIUM = Path("/usr/bin/chromium")
 ALL = dict.fromkeys(QUESTIONS, True)
 
 
@@ -209,27 +208,10 @@ def url(tmp_path):
     app.close()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip("needs Chromium: apt-get install chromium fonts-dejavu-core")
-    with playwright.sync_playwright() as p:
-        chromium = p.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        yield chromium
-        chromium.close()
-
-
 @pytest.mark.browser
-def test_judging_by_keys(url, browser, tmp_path):
+def test_judging_by_keys(url, browser, watch, tmp_path):
     tab = browser.new_page(viewport={"width": 1100, "height": 1000})
-    errors, strangers = [], []
-    tab.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    local = (url, "data:", "blob:")
-    tab.on("request", lambda r: None if r.url.startswith(local) else strangers.append(r.url))
+    errors, strangers = watch(tab, url)
     tab.goto(url)
     tab.locator("#annotator input, #annotator textarea").fill("ann 123")
     tab.get_by_role("button", name="Start").click()

@@ -3,7 +3,6 @@
 import json
 from hashlib import sha256
 from io import BytesIO
-from pathlib import Path
 
 import gradio as gr
 import httpx
@@ -20,7 +19,6 @@ from firsthand.modeling.relevancy import explain
 from firsthand.modeling.steering import SteeringVector
 from firsthand.spaces.explainability import app as space
 
-CHROMIUM = Path("/usr/bin/chromium")
 SPOKEN = "a dog top left, a cup."
 
 
@@ -239,35 +237,8 @@ def test_addresses_are_not_fetched(url, field, monkeypatch):
 # in the browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip("needs Chromium: apt-get install chromium fonts-dejavu-core")
-    with playwright.sync_playwright() as p:
-        chromium = p.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        yield chromium
-        chromium.close()
-
-
-def watch(tab, url):
-    """Lists that fill with console errors and with requests to other hosts."""
-    errors, strangers = [], []
-    tab.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-
-    def check(request):
-        if not request.url.startswith((url, "data:", "blob:")):
-            strangers.append(request.url)
-
-    tab.on("request", check)
-    return errors, strangers
-
-
 @pytest.mark.browser
-def test_upload_ask_click_a_word(url, browser, picture, tmp_path):
+def test_upload_ask_click_a_word(url, browser, watch, picture, tmp_path):
     tab = browser.new_page(viewport={"width": 1200, "height": 1000})
     errors, strangers = watch(tab, url)
     tab.goto(url)
