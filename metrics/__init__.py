@@ -4,7 +4,10 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
+    "amber": "amber.scoring",
     "chair": "chair.scoring",
+    "mementos": "mementos.scoring",
+    "mmhal": "mmhal.scoring",
     "pope": "pope.scoring",
     "results": "results",
     "visual_reliance": "visual_reliance.scoring",

@@ -6,7 +6,10 @@ Call: `evaluate.load("metrics/pope").compute(predictions=answers, references=gol
 import datasets
 import evaluate
 
-from .scoring import score
+from .questions import build_questions
+from .scoring import PARSER_NAMES, score
+
+__all__ = ["Pope", "build_questions"]
 
 _DESCRIPTION = "Accuracy and yes-bias of answers to questions whether an object is in an image."
 _CITATION = """\
@@ -17,10 +20,10 @@ _CITATION = """\
   booktitle={EMNLP},
   year={2023}
 }"""
-_INPUTS = """\
+_INPUTS = f"""\
 predictions: answers, a list of strings
 references: for each answer "yes" or "no"
-parser: how answers are read: "strict" (default), "pope" or "exact\""""
+parser: how answers are read, one of {", ".join(PARSER_NAMES)}; default: strict"""
 
 
 class Pope(evaluate.Metric):

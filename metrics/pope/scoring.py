@@ -1,27 +1,49 @@
 """POPE: balanced yes/no questions about objects that are, or are not, in an image.
 
-What it is: the question builder and the score (Li et al. 2023, arXiv 2305.10355, section 5), plain
-functions over rows. What it is not: a model runner; answers come as prediction rows.
+What it is: the score (Li et al. 2023, arXiv 2305.10355, section 5), plain functions over rows,
+under any of the ways in use to read an answer (`PARSER_NAMES`). What it is not: a model runner;
+answers come as prediction rows. Questions are built and read in `questions`.
 
     from firsthand.metrics import pope
     questions = pope.build_questions(objects, n_per_image=6, strategy="adversarial", seed=0)
-    pope.score(answered)  # the same rows with `prediction`
+    pope.score(pope.join(questions, answers))                    # or by a legacy parser:
+    pope.score(rows, parser="opera", skip_bad=True, details=True)
+    pope.pairs(rows, parser, skip_bad)                           # columns for intervals
+    pope.pair_ids(rows, parser, skip_bad)                        # the row id of each
 """
 
 import math
-import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from itertools import permutations
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-__all__ = ["PARSERS", "build_questions", "existence_question", "pairs", "parse_strict", "score"]
+from .questions import (
+    Answer,
+    build_questions,
+    existence_question,
+    join,
+    read_questions,
+    sample_images,
+)
+
+__all__ = [
+    "PARSERS",
+    "PARSER_NAMES",
+    "build_questions",
+    "existence_question",
+    "join",
+    "pair_ids",
+    "pairs",
+    "parse_strict",
+    "read_answer",
+    "read_questions",
+    "sample_images",
+    "score",
+]
 
 Row = Mapping[str, Any]
-Answer = Literal["yes", "no"]
 _ANSWERS: dict[str, Answer] = {"yes": "yes", "no": "no"}
 
 
@@ -44,6 +66,16 @@ def parse_pope(text: str) -> Answer:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
+def parse_opera(text: str) -> Answer:
+    """As OPERA reads: `no` if any word is No, no, NO or not, or ends in n't; else yes.
+
+    The whole answer counts: "The image shows a dog. It is not a cat." is a no.
+    """
+    words = text.replace(".", "").replace(",", "").split(" ")
+    negative = {"No", "not", "no", "NO"} & set(words) or any(w.endswith("n't") for w in words)
+    return "no" if negative else "yes"
+
+
 def parse_exact(text: str) -> Answer | None:
     """Only the bare word counts, as in lmms-eval: "Yes." with its full stop is unparsed."""
     return _ANSWERS.get(text.strip().lower())
@@ -52,86 +84,152 @@ def parse_exact(text: str) -> Answer | None:
 PARSERS: dict[str, Callable[[str], Answer | None]] = {
     "strict": parse_strict,
     "pope": parse_pope,
+    "opera": parse_opera,
+    "lmms_eval": parse_exact,
     "exact": parse_exact,
 }
+"""How an answer is read, by name; `lmms_eval` and `exact` are one."""
+
+PARSER_NAMES = (*PARSERS, "vcd")
+"""What `score` takes; VCD's reading needs the right answer too, see `read_answer`."""
 
 
-def score(rows: Iterable[Row], parser: str = "strict") -> dict[str, Any]:
+def read_answer(text: str, gold: Answer, parser: str = "strict") -> Answer | None:
+    """How the parser reads an answer; None if it cannot.
+
+    `vcd` looks at the right answer, as VCD's script does: right if that stands anywhere in the
+    text ("no" in "cannot"), else the opposite. A sentence that says neither is thus always wrong.
+
+    >>> read_answer("A dog is present.", "yes", "vcd"), read_answer("I cannot see.", "no", "vcd")
+    ('no', 'no')
+    """
+    if parser != "vcd":
+        return PARSERS[parser](text)
+    opposite: dict[Answer, Answer] = {"yes": "no", "no": "yes"}
+    return gold if gold in text.lower() else opposite[gold]
+
+
+def score(
+    rows: Iterable[Row], parser: str = "strict", skip_bad: bool = False, details: bool = False
+) -> dict[str, Any]:
     """Score answered questions; "yes" is the positive class.
 
     Args:
         rows: `{id, prediction, answer}` rows, `answer` being "yes" or "no" ("Yes." is fine); rows
             that carry an `error` are counted, not scored.
-        parser: a key of `PARSERS`: "strict", "pope" or "exact".
+        parser: one of `PARSER_NAMES`.
+        skip_bad: leave out rows that cannot be scored (a second row of an id, no text, an answer
+            that is neither yes nor no) instead of raising; `skipped` then lists `{id, reason}`.
+        details: add `answers`: per scored row `{id, image_id, answer, parsed}`, parsed being None
+            where it is unparsed; image_id only where the row has one.
 
     Returns:
         Fractions in 0..1: `pope_accuracy, precision, recall, f1` (higher is better) and
         `pope_yes_ratio` (predicted yes / all; near the share of gold yes, 0.5 if balanced, is
         better). An unparsed prediction is neither yes nor no, hence always wrong; `n_unparsed`
-        counts them. Further `n`, `n_errors`, `parser`. A ratio without a denominator is NaN.
+        counts them. Further `n`, `n_errors`, `n_skipped`, `parser`. A ratio without a denominator
+        is NaN.
 
     Raises:
         ValueError: unknown parser, duplicate ids, or an `answer` that is neither yes nor no.
         TypeError: a prediction that is no string.
     """
-    parsed, n_errors = _parsed(rows, parser)
+    parsed, n_errors, skipped = _parsed(rows, parser, skip_bad)
     columns = _columns(parsed)
-    return {
+    result: dict[str, Any] = {
         "pope_accuracy": _ratio(columns["pope_accuracy"]),
         "precision": _ratio(columns["pope_precision"]),
         "recall": _ratio(columns["pope_recall"]),
         "f1": _ratio(columns["pope_f1"]),
         "pope_yes_ratio": _ratio(columns["pope_yes_ratio"]),
-        "n_unparsed": sum(said is None for _, said in parsed),
+        "n_unparsed": sum(said is None for _, _, said in parsed),
         "n": len(parsed),
         "n_errors": n_errors,
+        "n_skipped": len(skipped),
         "parser": parser,
     }
+    if skip_bad:
+        result["skipped"] = skipped
+    if details:
+        result["answers"] = [_detail(row, gold, said) for row, gold, said in parsed]
+    return result
 
 
-def pairs(rows: Iterable[Row], parser: str = "strict") -> dict[str, np.ndarray]:
+def pairs(
+    rows: Iterable[Row], parser: str = "strict", skip_bad: bool = False
+) -> dict[str, np.ndarray]:
     """Per-question (numerator, denominator) columns [n, 2] of every figure, for bootstrap
     intervals.
 
     Names: pope_accuracy, pope_precision, pope_recall, pope_f1, pope_yes_ratio. Resample images, not
-    questions (`groups=[row["image_id"] ...]`). Arguments and errors as in `score`.
+    questions (`groups=[image_of[i] for i in pair_ids(rows)[name]]`). Arguments and errors as in
+    `score`.
     """
-    return _columns(_parsed(rows, parser)[0])
+    return _columns(_parsed(rows, parser, skip_bad)[0])
 
 
-Parsed = tuple[Answer, Answer | None]
+def pair_ids(
+    rows: Iterable[Row], parser: str = "strict", skip_bad: bool = False
+) -> dict[str, list[Any]]:
+    """The id of each row of `pairs`. Arguments and errors as in `score`."""
+    parsed = _parsed(rows, parser, skip_bad)[0]
+    return dict.fromkeys(_columns([]), [row["id"] for row, _, _ in parsed])
 
 
-def _parsed(rows: Iterable[Row], parser: str) -> tuple[list[Parsed], int]:
-    """(gold, said) of every scorable row, and the number of failed rows."""
-    if parser not in PARSERS:
-        raise ValueError(f"Unknown parser {parser!r}; choose one of {', '.join(PARSERS)}.")
-    parsed, seen, n_errors = [], set(), 0
+Parsed = tuple[Row, Answer, Answer | None]
+
+
+def _parsed(
+    rows: Iterable[Row], parser: str, skip_bad: bool
+) -> tuple[list[Parsed], int, list[dict[str, Any]]]:
+    """(row, gold, said) of scorable rows, the number of failed ones, and what was skipped."""
+    if parser not in PARSER_NAMES:
+        raise ValueError(f"Unknown parser {parser!r}; choose one of {', '.join(PARSER_NAMES)}.")
+    parsed: list[Parsed] = []
+    seen: set[Any] = set()
+    skipped, n_errors = [], 0
     for row in rows:
-        if row["id"] in seen:
-            raise ValueError(
-                f"The id {row['id']!r} occurs twice. Score one model under one condition at a time."
-            )
-        seen.add(row["id"])
-        gold = parse_strict(str(row["answer"]))
-        if gold is None:
-            raise ValueError(f"Row {row['id']!r}: the answer {row['answer']!r} is no yes or no.")
-        if row.get("error"):
+        gold = parse_strict(str(row.get("answer")))
+        fault = _fault(row, seen, gold)
+        if fault and not skip_bad:
+            raise fault
+        seen.add(row.get("id"))
+        if fault or gold is None:
+            skipped.append({"id": row.get("id"), "reason": str(fault)})
+        elif row.get("error"):
             n_errors += 1
-        elif not isinstance(row["prediction"], str):
-            raise TypeError(
-                f"Row {row['id']!r}: the prediction is of type {type(row['prediction']).__name__}, "
-                "not str. A prediction that failed belongs in a row with `error`."
-            )
         else:
-            parsed.append((gold, PARSERS[parser](row["prediction"])))
-    return parsed, n_errors
+            parsed.append((row, gold, read_answer(row["prediction"], gold, parser)))
+    return parsed, n_errors, skipped
+
+
+def _fault(row: Row, seen: set[Any], gold: Answer | None) -> ValueError | TypeError | None:
+    """Why a row cannot be scored, if so."""
+    if "id" not in row or "answer" not in row:
+        return ValueError(f"Every row needs id, answer and prediction; one has {sorted(row)}.")
+    if row["id"] in seen:
+        return ValueError(
+            f"The id {row['id']!r} occurs twice. Score one model under one condition at a time."
+        )
+    if gold is None:
+        return ValueError(f"Row {row['id']!r}: the answer {row['answer']!r} is no yes or no.")
+    if not row.get("error") and not isinstance(row.get("prediction"), str):
+        return TypeError(
+            f"Row {row['id']!r}: the prediction is of type {type(row.get('prediction')).__name__}, "
+            "not str. A prediction that failed belongs in a row with `error`."
+        )
+    return None
+
+
+def _detail(row: Row, gold: Answer, said: Answer | None) -> dict[str, Any]:
+    ids = {name: row[name] for name in ("id", "image_id") if name in row}
+    return ids | {"answer": gold, "parsed": said}
 
 
 def _columns(parsed: list[Parsed]) -> dict[str, np.ndarray]:
-    gold = np.array([gold == "yes" for gold, _ in parsed], dtype=float)
-    yes = np.array([said == "yes" for _, said in parsed], dtype=float)
-    right = np.array([said == gold for gold, said in parsed], dtype=float)
+    gold = np.array([gold == "yes" for _, gold, _ in parsed], dtype=float)
+    yes = np.array([said == "yes" for _, _, said in parsed], dtype=float)
+    right = np.array([said == gold for _, gold, said in parsed], dtype=float)
     hit, one = gold * yes, np.ones(len(parsed))
     figures = {
         "pope_accuracy": (right, one),
@@ -146,91 +244,3 @@ def _columns(parsed: list[Parsed]) -> dict[str, np.ndarray]:
 def _ratio(column: np.ndarray) -> float:
     numerator, denominator = column.sum(axis=0)
     return float(numerator / denominator) if denominator else math.nan
-
-
-def existence_question(noun: str) -> str:
-    """`Is there a dog in the image?`"""
-    return f"Is there {'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun} in the image?"
-
-
-def build_questions(
-    objects: Mapping[Any, Iterable[str]],
-    n_per_image: int = 6,
-    strategy: Literal["random", "popular", "adversarial"] = "random",
-    seed: int = 0,
-    question: Callable[[str], str] = existence_question,
-) -> list[dict[str, Any]]:
-    """Balanced existence questions: per image as many about absent objects as about present ones.
-
-    Args:
-        objects: image id -> names of the objects it shows; repeated names count once. The
-            candidates for absent objects are all names in it.
-        n_per_image: questions an image, even; an image with fewer than half of it in objects gets
-            twice its number of objects.
-        strategy: how absent objects are chosen: `random`; `popular`: in the most images;
-            `adversarial`: most often together with the object just asked about.
-        seed: an image's questions depend on it and its id, not on the order of images.
-        question: noun -> question.
-
-    Returns:
-        Rows `{id, image_id, question, answer, object, strategy}`, answers "yes", "no" by turns.
-
-    Raises:
-        ValueError: odd or too small n_per_image, unknown strategy, or too few absent objects.
-    """
-    if strategy not in ("random", "popular", "adversarial"):
-        raise ValueError(f"Unknown strategy {strategy!r}; use random, popular or adversarial.")
-    if n_per_image < 2 or n_per_image % 2:
-        raise ValueError(
-            f"n_per_image must be even and at least 2 to be balanced, not {n_per_image}."
-        )
-    shown = {image_id: sorted(set(names)) for image_id, names in objects.items()}
-    counts = Counter(name for names in shown.values() for name in names)
-    together = Counter(pair for names in shown.values() for pair in permutations(names, 2))
-    rows = []
-    for image_id, names in shown.items():
-        rng = random.Random(f"{seed}:{image_id}")
-        present = rng.sample(names, min(n_per_image // 2, len(names)))
-        absent = sorted(set(counts) - set(names))
-        if len(absent) < len(present):
-            raise ValueError(
-                f"Image {image_id!r} needs {len(present)} absent objects but all images together "
-                f"show only {len(absent)} others. Give more images or a smaller n_per_image."
-            )
-        asked = _ask(present, absent, strategy, rng, counts, together)
-        for k, (noun, answer) in enumerate(asked):
-            rows.append(
-                {
-                    "id": f"{image_id}-{strategy}-{k}",
-                    "image_id": image_id,
-                    "question": question(noun),
-                    "answer": answer,
-                    "object": noun,
-                    "strategy": strategy,
-                }
-            )
-    return rows
-
-
-def _ask(
-    present: list[str],
-    absent: list[str],
-    strategy: str,
-    rng: random.Random,
-    counts: Counter[str],
-    together: Counter[tuple[str, str]],
-) -> list[tuple[str, Answer]]:
-    """A present and an absent noun by turns; ties go to the more frequent, then by the alphabet."""
-    if strategy == "random":
-        rng.shuffle(absent)
-    else:
-        absent.sort(key=lambda candidate: (-counts[candidate], candidate))
-    asked: list[tuple[str, Answer]] = []
-    for noun in present:
-        other = absent[0]
-        if strategy == "adversarial":
-            other = max(absent, key=lambda candidate: together[noun, candidate])
-        absent.remove(other)
-        asked.append((noun, "yes"))
-        asked.append((other, "no"))
-    return asked

@@ -8,6 +8,12 @@ from huggingface_hub import HfApi
 
 METRICS = Path(__file__).parents[2] / "metrics"
 USES = {
+    "amber": "compute(predictions=['cats'], references=[1], data={'annotations': [{'id': 1, 'type':"
+    " 'generative', 'truth': [], 'hallu': ['cat']}], 'relation': {'cat': []}})['amber_cog'] == 1",
+    "mementos": "compute(predictions=['dog'], references=['dogs'], keywords={'objects': [['dog']],"
+    " 'behaviours': []})['mementos_objects_f1'] == 1",
+    "mmhal": "compute(predictions=['a'], references=['b'], questions=['c'], replies="
+    """['{"reason": "", "rating": 2}'])['mmhal_score'] == 2""",
     "chair": "compute(predictions=['a dog and a cat'], references=[['dog']])['chair_i'] == 0.5",
     "pope": "compute(predictions=['Yes.', 'no'], references=['yes', 'yes'])['pope_accuracy'] == .5",
     "visual_reliance": None,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 METRICS = Path(__file__).parents[2] / "metrics"
-NAMES = ["chair", "pope", "visual_reliance"]
+NAMES = ["amber", "chair", "mementos", "mmhal", "pope", "visual_reliance"]
 
 
 @pytest.fixture
@@ -46,7 +46,28 @@ def test_evaluate_gives_what_the_function_gives(name, in_checkout):
     import evaluate
 
     inputs = {
+        "amber": {
+            "predictions": ["A dog, a cat."],
+            "references": [1],
+            "data": {
+                "annotations": [
+                    {"id": 1, "type": "generative", "truth": ["dog"], "hallu": ["cat"]}
+                ],
+                "relation": {"dog": [], "cat": []},
+            },
+        },
         "chair": {"predictions": ["A dog, a cat."], "references": [["dog"]]},
+        "mementos": {
+            "predictions": ["A dog, a cat."],
+            "references": ["A dog."],
+            "keywords": {"objects": [["dog"], ["cat"]], "behaviours": []},
+        },
+        "mmhal": {
+            "predictions": ["Red."],
+            "references": ["Blue."],
+            "questions": ["Which colour?"],
+            "judge": lambda requests: ['{"reason": "Not red.", "rating": 1}' for _ in requests],
+        },
         "pope": {"predictions": ["Yes.", "Maybe."], "references": ["no", "yes"]},
         "visual_reliance": {
             "predictions": ["Yes."],
@@ -56,7 +77,10 @@ def test_evaluate_gives_what_the_function_gives(name, in_checkout):
     }[name]
     result = evaluate.load(str(METRICS / name)).compute(**inputs)
     expected = {
+        "amber": {"amber_chair": 0.5, "amber_cog": 1.0},
         "chair": {"chair_i": 0.5, "n_mentions": 2},
+        "mementos": {"mementos_objects_precision": 0.5, "n_bare_behaviours": 1},
+        "mmhal": {"mmhal_score": 1.0, "mmhal_hallucination_rate": 1.0},
         "pope": {"pope_accuracy": 0.0, "n_unparsed": 1},
         "visual_reliance": {"visual_reliance": 1.0, "n": 1},
     }[name]
@@ -79,7 +103,8 @@ import sys, time
 start = time.perf_counter()
 import firsthand.metrics
 bare = time.perf_counter() - start
-from firsthand.metrics import chair, pope, visual_reliance
+from firsthand.metrics import amber, chair, mementos, mmhal, pope, visual_reliance
+assert amber.score and mementos.score and mmhal.score
 from firsthand.metrics import chair as again
 assert chair.score and pope.score and visual_reliance.score and again.score
 heavy = {"torch", "transformers", "evaluate", "datasets", "pandas"} & set(sys.modules)

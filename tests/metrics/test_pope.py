@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -45,34 +46,45 @@ def test_figures_are_the_counts_by_hand():
         "n_unparsed": 1,
         "n": 5,
         "n_errors": 0,
+        "n_skipped": 0,
         "parser": "strict",
     }
 
 
 @pytest.mark.parametrize(
-    ("text", "strict", "official", "exact"),
-    [
-        ("Yes, there is a dog.", "yes", "yes", None),
-        ("No.", "no", "no", None),
-        ("NO", "no", "yes", "no"),
-        (" yes ", "yes", "yes", "yes"),
-        ("There isn't a dog in the image.", None, "yes", None),
-        ("I cannot see a dog.", None, "yes", None),
-        ("The image shows a dog. It is not a cat.", None, "yes", None),
-        ("A dog is present.", None, "yes", None),
-        ("No, it is not.", "no", "no", None),
-        ("Not at all", None, "yes", None),
-        ("**Yes**", "yes", "yes", None),
-        ("Yesterday", None, "yes", None),
-        ("", None, "yes", None),
+    ("text", "strict", "official", "opera", "vcd", "exact"),
+    [  # vcd: how it reads the text if the right answer is yes, and if it is no
+        ("Yes, there is a dog.", "yes", "yes", "yes", ("yes", "yes"), None),
+        ("No.", "no", "no", "no", ("no", "no"), None),
+        ("NO", "no", "yes", "no", ("no", "no"), "no"),
+        ("There isn't a dog in the image.", None, "yes", "no", ("no", "yes"), None),
+        ("I cannot see a dog.", None, "yes", "yes", ("no", "no"), None),
+        ("The image shows a dog. It is not a cat.", None, "yes", "no", ("no", "no"), None),
+        ("A dog is present.", None, "yes", "yes", ("no", "yes"), None),
+        (" yes ", "yes", "yes", "yes", ("yes", "yes"), "yes"),
+        ("No, it is not.", "no", "no", "no", ("no", "no"), None),
+        ("Not at all", None, "yes", "yes", ("no", "no"), None),
+        ("**Yes**", "yes", "yes", "yes", ("yes", "yes"), None),
+        ("Yesterday", None, "yes", "yes", ("yes", "yes"), None),
+        ("", None, "yes", "yes", ("no", "yes"), None),
     ],
 )
-def test_parsers_by_name(text, strict, official, exact):
-    assert {name: parse(text) for name, parse in pope.PARSERS.items()} == {
-        "strict": strict,
-        "pope": official,
-        "exact": exact,
-    }
+def test_parsers_by_name(text, strict, official, opera, vcd, exact):
+    blind = {"strict": strict, "pope": official, "opera": opera}
+    blind |= {"exact": exact, "lmms_eval": exact}
+    assert {name: parse(text) for name, parse in pope.PARSERS.items()} == blind
+    assert set(pope.PARSER_NAMES) == {*blind, "vcd"}
+    for gold in ("yes", "no"):
+        read = {name: pope.read_answer(text, gold, name) for name in blind}
+        assert read == blind
+    assert tuple(pope.read_answer(text, gold, "vcd") for gold in ("yes", "no")) == vcd
+
+
+@given(st.text(alphabet="yesno 't.,N", max_size=12), st.sampled_from(["yes", "no"]))
+def test_vcd_is_right_where_the_right_answer_stands_anywhere(text, gold):
+    result = pope.score(answered((text, gold)), parser="vcd")
+    assert result["pope_accuracy"] == float(gold in text.lower())
+    assert result["n_unparsed"] == 0
 
 
 def test_legacy_parser_changes_the_score():
@@ -95,6 +107,8 @@ def test_ratios_without_denominator_are_undefined():
         ([ROWS[0], ROWS[0]], "strict", ValueError, "occurs twice"),
         (answered(("yes", "maybe")), "strict", ValueError, "no yes or no"),
         (answered((True, "yes")), "strict", TypeError, "of type bool"),
+        ([{"prediction": "yes", "answer": "no"}], "strict", ValueError, "needs id, answer"),
+        ([{"id": 1, "answer": "no"}], "strict", TypeError, "of type NoneType"),
     ],
 )
 def test_bad_input_is_refused_by_name(rows, parser, error, message):
@@ -105,6 +119,26 @@ def test_bad_input_is_refused_by_name(rows, parser, error, message):
 def test_failed_rows_are_counted_and_left_out():
     failed = {"id": "x", "answer": "yes", "error": "truncated file", "prediction": None}
     assert pope.score([*ROWS, failed]) == pope.score(ROWS) | {"n_errors": 1}
+
+
+def test_bad_rows_are_skipped_and_named_where_asked_for():
+    bad = [ROWS[0], {"id": "w", "prediction": 3, "answer": "no"}, {"id": "a", "prediction": "No"}]
+    bad += [{"id": "m", "prediction": "No", "answer": "maybe"}]
+    result = pope.score([*ROWS, *bad], skip_bad=True)
+    assert [skipped["id"] for skipped in result.pop("skipped")] == [0, "w", "a", "m"]
+    assert result == pope.score(ROWS) | {"n_skipped": 4}
+    columns = pope.pairs([*ROWS, *bad], skip_bad=True)
+    assert all(len(column) == len(ROWS) for column in columns.values())
+    ids = pope.pair_ids([*ROWS, *bad], skip_bad=True)
+    assert ids == {name: [0, 1, 2, 3, 4] for name in columns}
+
+
+def test_details_say_how_each_answer_was_read():
+    failed = {"id": "x", "answer": "yes", "error": "truncated file"}
+    assert pope.score([*ROWS, failed], details=True)["answers"][3:] == [
+        {"id": 3, "image_id": 3, "answer": "no", "parsed": "no"},
+        {"id": 4, "image_id": 4, "answer": "yes", "parsed": None},
+    ]
 
 
 def test_pairs_add_up_to_the_score():
@@ -163,6 +197,25 @@ def test_adversarial_asks_what_usually_stands_beside():
     assert absent(questions, "g") == ["cat"]
 
 
+def test_adversarial_draws_where_nothing_stands_beside():
+    objects = {"a": ["dog"], "b": ["cat"], "c": ["cup"], "d": ["cup"]}
+    drawn = {
+        tuple(absent(pope.build_questions(objects, 2, "adversarial", s), "a")) for s in range(40)
+    }
+    assert drawn == {("cat",), ("cup",)}
+
+
+def test_images_are_drawn_among_those_with_enough_objects():
+    objects = {i: [f"thing {k}" for k in range(i % 5)] for i in range(50)}
+    drawn = pope.sample_images(objects, n=12, min_objects=3, seed=1)
+    assert len(drawn) == 12
+    assert all(names == sorted(objects[i]) and len(names) >= 3 for i, names in drawn.items())
+    assert drawn == pope.sample_images(dict(reversed(objects.items())), 12, 3, 1)
+    assert drawn != pope.sample_images(objects, 12, 3, 2)
+    with pytest.raises(ValueError, match="Only 20 of 50 images show 3 objects or more, and 500"):
+        pope.sample_images(objects)
+
+
 def test_random_draws_all_absent_objects_evenly():
     drawn = Counter(
         name
@@ -211,14 +264,97 @@ def test_impossible_questions_are_refused(arguments, message):
         pope.build_questions(*arguments)
 
 
+QUESTIONS = [
+    {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"},
+    {"question_id": 2, "image": "a.jpg", "text": "Is there a cat in the image?", "label": "no"},
+]
+READ = [
+    {
+        "id": q["question_id"],
+        "image_id": q["image"],
+        "image": q["image"],
+        "question": q["text"],
+        "answer": q["label"],
+    }
+    for q in QUESTIONS
+]
+
+
+@pytest.mark.parametrize("name", ["coco.json", "coco.json.gz", "gqa.json", "gqa.json.gz"])
+def test_question_files_are_lines_or_a_list(tmp_path, name):
+    text = "\n".join(map(json.dumps, QUESTIONS)) + "\n"
+    if name.startswith("gqa"):
+        text = json.dumps(QUESTIONS, indent=4)
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert pope.read_questions(tmp_path / name) == READ
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}\n", "question 1: POPE's questions have question_id"),
+        ("[1]", "question 1: .* has int"),
+        ("{", "line 1 is not JSON"),
+        ("[{", "is not a JSON list"),
+        (json.dumps(QUESTIONS + QUESTIONS[:1]), "question id 1 occurs twice"),
+        (json.dumps([QUESTIONS[0] | {"label": "maybe"}]), "'maybe' is no yes or no"),
+    ],
+)
+def test_files_of_something_else_are_refused(tmp_path, text, message):
+    (tmp_path / "q.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        pope.read_questions(tmp_path / "q.json")
+
+
+def test_answers_are_joined_by_id_whatever_their_order():
+    answers = [{"id": "2", "prediction": "No."}, {"id": 1, "prediction": "Yes."}]
+    joined = pope.join(READ, answers)
+    assert [(row["id"], row["prediction"]) for row in joined] == [(1, "Yes."), (2, "No.")]
+    assert pope.score(joined)["pope_accuracy"] == 1.0
+    by_order = pope.join(READ, answers, by="order")
+    assert [row["prediction"] for row in by_order] == ["No.", "Yes."]
+    assert pope.score(by_order)["pope_accuracy"] == 0.0
+
+
+def test_ids_of_one_side_are_refused_or_counted():
+    answers = [{"id": 2, "prediction": "No."}, {"id": 9, "prediction": "No."}]
+    with pytest.raises(ValueError, match="1 questions have no answer, e.g. 1"):
+        pope.join(READ, answers)
+    with pytest.raises(ValueError, match="1 answers belong to no question, e.g. 9"):
+        pope.join(READ[1:], answers)
+    with pytest.raises(ValueError, match="2 ids occur twice among the answers, e.g. 2, 9"):
+        pope.join(READ, answers * 2)
+    with pytest.raises(ValueError, match="1 answers to 2 questions by order"):
+        pope.join(READ, answers[:1], by="order")
+    with pytest.raises(ValueError, match="by id or by order, not by 'text'"):
+        pope.join(READ, answers, by="text")
+    result = pope.score(pope.join(READ, answers, skip_bad=True), skip_bad=True)
+    assert (result["n"], result["n_errors"], result["n_skipped"]) == (1, 1, 1)
+    assert result["skipped"][0]["id"] == 9
+
+
 @pytest.mark.skipif(
     not REFERENCE.is_dir(), reason="FIRSTHAND_REFERENCE does not name the reference questions"
 )
-def test_published_questions_are_read_and_balanced():
-    with gzip.open(REFERENCE / "coco_pope_adversarial.json.gz", "rt") as file:
-        published = [json.loads(line) for line in file]
-    always = [
-        {"id": q["question_id"], "prediction": "Yes.", "answer": q["label"]} for q in published
+@pytest.mark.parametrize("split", ["random", "popular", "adversarial"])
+def test_published_questions_are_read_and_balanced(split):
+    published = pope.read_questions(REFERENCE / f"coco_pope_{split}.json.gz")
+    assert Counter(q["answer"] for q in published) == {"yes": 1500, "no": 1500}
+    per_image = Counter((q["image_id"], q["answer"]) for q in published)
+    assert (len(per_image), set(per_image.values())) == (1000, {3})
+    assert len({(q["image_id"], q["question"]) for q in published}) == 3000
+    nouns = [re.fullmatch(r"Is there an? (.*) in the image\?", q["question"])[1] for q in published]
+    ours = [
+        q["question"] == pope.existence_question(noun)
+        for q, noun in zip(published, nouns, strict=True)
     ]
-    result = pope.score(always)
-    assert (result["n"], result["pope_accuracy"], result["recall"]) == (3000, 0.5, 1.0)
+    assert sum(ours) == (2999 if split == "random" else 3000)  # one "a" before a vowel
+    gold = [{"id": q["id"], "prediction": q["answer"]} for q in reversed(published)]
+    joined = pope.join(published, gold)
+    for parser in pope.PARSER_NAMES:
+        result = pope.score(joined, parser)
+        assert [result[k] for k in ("pope_accuracy", "precision", "recall", "f1")] == [1.0] * 4
+        assert (result["pope_yes_ratio"], result["n_unparsed"], result["n"]) == (0.5, 0, 3000)
+    always = pope.score([row | {"prediction": "Yes."} for row in published])
+    assert (always["n"], always["pope_accuracy"], always["recall"]) == (3000, 0.5, 1.0)

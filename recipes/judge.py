@@ -1,0 +1,36 @@
+"""A judge out of an endpoint: lists of chat messages in, a reply each out.
+
+What it is: what metrics take as `judge`, since they know no server (`mmhal.rate(rows, judge)`).
+What it is not: a client; `processing/endpoint.py` retries, caches and counts.
+
+    endpoint = Endpoint("http://127.0.0.1:8000/v1", model="org/model", cache_dir="cache")
+    judge = judge_of(endpoint, mmhal.parse, **mmhal.SETTINGS)
+    mmhal.score(mmhal.rate(rows, judge))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from firsthand.processing.endpoint import Endpoint, Message
+
+
+def judge_of(
+    endpoint: Endpoint, parse: Callable[[str], Any] | None = None, **settings: Any
+) -> Callable[[list[list[Message]]], list[str | None]]:
+    """A function that asks the endpoint all requests at once and returns its replies, in order.
+
+    A request that fails for good is None; so is a reply that `parse` refused at every try.
+
+    Args:
+        endpoint: asked; its `report()` tells what that took.
+        parse: raises ValueError on a reply that is not as asked for, which is then asked again.
+        settings: temperature, max_tokens, response_format, ... of every request.
+    """
+
+    def judge(requests: list[list[Message]]) -> list[str | None]:
+        replies = endpoint.ask_many(requests, parse, **settings)
+        return [None if reply.error else reply.text for reply in replies]
+
+    return judge
