@@ -7,7 +7,7 @@ SOURCES := setup.cfg pyproject.toml constraints.txt
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test browser lint docs clean
+.PHONY: demo test browser lmms-eval lint docs clean
 
 demo: .venv/demo
 	$(BIN)/firsthand demo $(ARGS)
@@ -17,6 +17,9 @@ test: .venv/test
 
 browser: .venv/test
 	$(BIN)/pytest -m browser $(ARGS)
+
+lmms-eval: .venv/lmms-eval/done
+	OMP_NUM_THREADS=1 .venv/lmms-eval/bin/python -m pytest tests/recipes/test_lmms_eval.py $(ARGS)
 
 lint: .venv/lint
 	$(BIN)/ruff check .
@@ -40,6 +43,15 @@ docs: .venv/test
 
 .venv/test: .venv/demo
 	$(PIP) -e '.[test]'
+	touch $@
+
+# lmms-eval without its requirements, above the packages of .venv: see docs/lmms_eval.md
+.venv/lmms-eval/done: .venv/test recipes/configs/lmms_eval.txt
+	$(BIN)/python -m venv --clear --without-pip .venv/lmms-eval
+	.venv/lmms-eval/bin/python -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "above.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(BIN)/python -m pip --python .venv/lmms-eval/bin/python install --quiet --disable-pip-version-check -c constraints.txt -r recipes/configs/lmms_eval.txt
+	$(BIN)/python -m pip --python .venv/lmms-eval/bin/python install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms-eval
 	touch $@
 
 .venv/lint: .venv/test

@@ -1,8 +1,7 @@
 """Result rows: every number with its interval, its n and the protocol it was measured under.
 
-What it is: the only bootstrap, the only result row and the only results file of firsthand. What
-it is
-not: a metric; metrics hand over per-row (numerator, denominator) columns through their `pairs`.
+What it is: the only bootstrap, the only result row and the only results file of firsthand. What it
+is not: a metric; metrics hand over per-row (numerator, denominator) columns through their `pairs`.
 
     rows = result_rows(chair.pairs(captions, objects), arm="plain", split="test", protocol=p)
     write_results("results.json", rows)
@@ -15,6 +14,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,29 @@ def bootstrap(
     Raises:
         ValueError: values that are not finite, of the wrong shape, or groups of another length.
     """
-    totals = _totals(values, groups)
+    return _interval(_totals(values, groups), partial(_apply, statistic), n, seed)
+
+
+def _interval(totals: np.ndarray, statistic: Statistic, n: int, seed: int) -> Interval:
+    """`bootstrap` of a statistic of sums of `_totals`."""
     if len(totals) == 0:
         return math.nan, math.nan, math.nan
-    value = float(statistic(_means(totals.sum(axis=0))))
+    value = float(statistic(totals.sum(axis=0)))
     if math.isnan(value):
         return math.nan, math.nan, math.nan
-    drawn = statistic(_means(_resampled_sums(totals, n, np.random.default_rng(seed))))
+    drawn = statistic(_resampled_sums(totals, n, np.random.default_rng(seed)))
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return value, float(low), float(high)
+
+
+def _apply(statistic: Statistic, sums: np.ndarray) -> np.ndarray:
+    """The statistic of sums whose last column is the number of rows.
+
+    A ratio of sums is one of means, and of counts it is exact: the figure that the metric gives.
+    """
+    if statistic is ratio:
+        return ratio(sums[..., :-1])
+    return statistic(sums[..., :-1] / sums[..., -1:])
 
 
 def paired_difference(
@@ -113,10 +127,12 @@ def paired_difference(
         )
     width = a.shape[1]
 
-    def difference(means: np.ndarray) -> np.ndarray:
-        return statistic(means[..., :width]) - statistic(means[..., width:])
+    def difference(sums: np.ndarray) -> np.ndarray:
+        of_a = sums[..., [*range(width), -1]]
+        return _apply(statistic, of_a) - _apply(statistic, sums[..., width:])
 
-    return bootstrap(np.concatenate([a, b], axis=1), difference, n, seed, groups)
+    totals = _totals(np.concatenate([a, b], axis=1), groups)
+    return _interval(totals, difference, n, seed)
 
 
 def _as_columns(values: Any) -> np.ndarray:
@@ -144,10 +160,6 @@ def _totals(values: Any, groups: Sequence[Hashable] | None) -> np.ndarray:
     return totals
 
 
-def _means(sums: np.ndarray) -> np.ndarray:
-    return sums[..., :-1] / sums[..., -1:]
-
-
 def _resampled_sums(totals: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """[n, columns]: sums over resamples with replacement, drawn in blocks of bounded memory."""
     size = len(totals)
@@ -169,6 +181,7 @@ def protocol(
     max_new_tokens: int | None = None,
     lexicon_hash: str | None = None,
     variant: str | None = None,
+    truth_hash: str | None = None,
     seed: int | None = None,
     libraries: Sequence[str] = LIBRARIES,
 ) -> dict[str, Any]:
@@ -180,6 +193,7 @@ def protocol(
         decoding: how answers were decoded.
         max_new_tokens: the bound of an answer's length.
         lexicon_hash, variant: the metric's word list (`Lexicon.hash`) or parser.
+        truth_hash: of the ground truth, where that can be made in several ways.
         seed: of whatever was drawn (questions, decoding).
         libraries: distributions whose versions are recorded; not part of the fingerprint, since
             they change without changing the measurement.
@@ -188,7 +202,7 @@ def protocol(
         A JSON-ready dict of the above with `ids_hash`, `n_ids`, `versions` and `fingerprint`.
     """
     listed = sorted(str(i) for i in ids)
-    measured = {
+    measured: dict[str, Any] = {
         "ids_hash": _digest(listed),
         "n_ids": len(listed),
         "prompt": prompt,
@@ -198,6 +212,8 @@ def protocol(
         "variant": variant,
         "seed": seed,
     }
+    if truth_hash is not None:
+        measured["truth_hash"] = truth_hash
     return measured | {"versions": _versions(libraries), "fingerprint": _digest(measured)}
 
 

@@ -71,26 +71,152 @@ def _measure_key_expressions(metrics: argparse._SubParsersAction) -> None:
     parser.set_defaults(module="measure_key_expressions")
 
 
+COMPARED = ("chair", "pope", "amber", "mementos", "mmhal", "visual-reliance")
+
+
+def _measured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", help="write result rows to this JSON file")
+    parser.add_argument("--split", default="all", help="name of the split")
+
+
+def _answered_by(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--decoding", default="as given", help="of the answers, for the protocol")
+    parser.add_argument("--max-new-tokens", type=int, help="of the answers, for the protocol")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="count rows that cannot be scored, and go on"
+    )
+
+
+def _chair_options(parser: argparse.ArgumentParser) -> None:
+    chair = parser.add_argument_group("chair")
+    chair.add_argument("--objects", help="ground truth: JSON {image_id: [object, ...]}")
+    chair.add_argument("--coco-instances", nargs="+", metavar="FILE", help="or instances_*.json")
+    chair.add_argument("--coco-captions", nargs="+", metavar="FILE", help="with captions_*.json")
+    chair.add_argument(
+        "--variant",
+        default="original",
+        choices=("original", "opera", "sima", "objhal", "fixed"),
+        help="whose CHAIR: published implementations do not agree",
+    )
+    chair.add_argument("--nouns", help="text file of nouns, one a line, instead of COCO's lexicon")
+    chair.add_argument("--at-words", type=int, metavar="N", help="of the first N words a caption")
+    chair.add_argument(
+        "--at-recall", type=float, metavar="R", help="of captions cut alike to where R is reached"
+    )
+
+
+def _pope_options(parser: argparse.ArgumentParser) -> None:
+    pope = parser.add_argument_group("pope")
+    pope.add_argument("--questions", help="POPE's published file, where rows lack `answer`")
+    pope.add_argument(
+        "--parser",
+        default="strict",
+        choices=("strict", "pope", "opera", "lmms_eval", "exact", "vcd"),
+        help="how an answer is read; the others are as published",
+    )
+
+
+def _amber_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument_group("amber").add_argument(
+        "--amber-data", help="AMBER's folder `data`: annotations, relation and safe words"
+    )
+
+
+def _mementos_options(parser: argparse.ArgumentParser) -> None:
+    mementos = parser.add_argument_group("mementos")
+    mementos.add_argument("--references", help="JSON {image_id: description, or lists of keywords}")
+    mementos.add_argument(
+        "--keywords", help='JSON {"objects": [[term, synonym, ...], ...], "behaviours": [...]}'
+    )
+
+
+def _mmhal_options(parser: argparse.ArgumentParser) -> None:
+    mmhal = parser.add_argument_group("mmhal")
+    mmhal.add_argument("--endpoint", help="the judge's URL; its key is read from OPENAI_API_KEY")
+    mmhal.add_argument("--judge-model", help="the name that the endpoint knows the judge by")
+    mmhal.add_argument("--cache", help="folder of answered requests; beside --out if absent")
+
+
+def _measure_compare(metrics: argparse._SubParsersAction) -> None:
+    parser = metrics.add_parser(
+        "compare", help="the paired difference of two files of predictions, with its interval"
+    )
+    parser.add_argument("a", help="prediction rows, .jsonl or .jsonl.gz")
+    parser.add_argument("b", help="the other answers to the same questions")
+    parser.add_argument("--metric", dest="compared", required=True, choices=COMPARED)
+    parser.add_argument("--common", action="store_true", help="only the ids that both have")
+    parser.add_argument("--arms", nargs=2, metavar=("A", "B"), help="names; the files' if absent")
+    _measured(parser)
+    _answered_by(parser)
+    _chair_options(parser)
+    _pope_options(parser)
+    _amber_options(parser)
+    _mementos_options(parser)
+    _mmhal_options(parser)
+    parser.set_defaults(module="measure_compare", data=None)
+
+
+def _measure_export(metrics: argparse._SubParsersAction) -> None:
+    parser = metrics.add_parser("export", help="result rows as Hub Eval Results for a model's page")
+    parser.add_argument("results", help="what --out of a measure wrote")
+    parser.add_argument("--dataset-id", required=True, help="the benchmark's Hub id, org/data")
+    parser.add_argument(
+        "--task-id", required=True, help="the task there; {metric} and {split} are filled in"
+    )
+    parser.add_argument("--out", required=True, help="a file .eval_results/NAME.yaml")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--arm", help="whose results, where the file has several arms")
+    parser.add_argument("--split", help="only this split")
+    parser.add_argument("--source-url", help="link to the evaluation")
+    parser.add_argument("--model-card", help="also add them to this README.md's model-index")
+    parser.set_defaults(module="measure_export")
+
+
+def _measure_lmms_eval(metrics: argparse._SubParsersAction) -> None:
+    parser = metrics.add_parser("lmms-eval", help="lmms-eval's tasks (MME, GQA, ...) on a model")
+    parser.add_argument("--tasks", required=True, help="names of lmms-eval's, by commas")
+    parser.add_argument("--include-path", help="a folder with tasks of your own")
+    _common_model(parser)
+    parser.add_argument("--vector", help="folder or Hub id of a steering vector to attach")
+    parser.add_argument("--strength", type=float, help="the vector's own if absent")
+    parser.add_argument("--limit", type=int, help="only the first documents of each task")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--gen-kwargs", help="key=value,... over the tasks' generation settings")
+    parser.add_argument("--arm", help="plain, or steered with --vector, if absent")
+    parser.add_argument("--out", required=True, help="write result rows to this JSON file")
+    parser.add_argument("--details", help="write a prediction row a document to this JSONL file")
+    parser.set_defaults(module="measure_lmms_eval")
+
+
 def _measure(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("measure", help="score prediction rows")
+    parser = verbs.add_parser("measure", help="score prediction rows, compare and export results")
     metrics = parser.add_subparsers(dest="metric", required=True, metavar="METRIC")
     chair = metrics.add_parser("chair", help="hallucinated objects in captions")
     pope = metrics.add_parser("pope", help="yes/no questions on existence; rows carry `answer`")
+    amber = metrics.add_parser("amber", help="AMBER's descriptions and questions, by exact words")
+    mementos = metrics.add_parser("mementos", help="objects and behaviours told of image sequences")
+    mmhal = metrics.add_parser("mmhal", help="a judge's rating of answers, from 0 to 6")
     reliance = _measure_reliance(metrics)
-    for one in (chair, pope, reliance):
+    for one in (chair, pope, amber, mementos, mmhal, reliance):
         one.add_argument(
             "--predictions", required=True, help="prediction rows, .jsonl or .jsonl.gz"
         )
-        one.add_argument("--out", help="write result rows to this JSON file")
         one.add_argument("--arm", default="plain", help="name of the model or method")
-        one.add_argument("--split", default="all", help="name of the split")
-        one.set_defaults(module="measure")
-    reliance.set_defaults(module="measure_visual_reliance")
+        _measured(one)
+        one.set_defaults(module="measure", common=False)
+    reliance.set_defaults(module="measure_visual_reliance", skip_bad=False, details=None)
+    for one in (chair, pope, amber, mementos, mmhal):
+        one.add_argument("--details", help="write what each row was read as to this JSONL file")
+        _answered_by(one)
+    _chair_options(chair)
+    _pope_options(pope)
+    _amber_options(amber)
+    _mementos_options(mementos)
+    _mmhal_options(mmhal)
     _measure_key_expressions(metrics)
-    chair.add_argument("--objects", required=True, help="JSON {image_id: [object, ...]}")
-    chair.add_argument("--nouns", help="text file of nouns, one a line, instead of COCO's lexicon")
-    chair.add_argument("--details", help="write one row a caption to this JSONL file")
-    pope.add_argument("--parser", default="strict", choices=("strict", "pope", "exact"))
+    _measure_compare(metrics)
+    _measure_export(metrics)
+    _measure_lmms_eval(metrics)
 
 
 def _explain(verbs: argparse._SubParsersAction) -> None:
@@ -150,6 +276,16 @@ def _explain_logits(kinds: argparse._SubParsersAction) -> None:
     logits.set_defaults(module="explain_logits")
 
 
+def _train(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("train", help="what follows training; recipes train")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    merge = actions.add_parser("merge", help="put a trained adapter into its model")
+    merge.add_argument("--adapter", required=True, help="the folder that LoRA training wrote")
+    _common_model(merge)
+    merge.add_argument("--out", required=True, help="folder for the merged model and processor")
+    merge.set_defaults(module="train_merge")
+
+
 def _steer(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("steer", help="fit a steering vector, or answer with one")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -206,7 +342,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Find out, explain and mend hallucination in vision-language models.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_demo, _augment, _measure, _explain, _steer, _env):
+    for add in (_demo, _augment, _train, _measure, _explain, _steer, _env):
         add(verbs)
     return parser
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +36,34 @@ def test_ratio_is_of_sums_and_resamples_rows_together():
     columns = [(1, 2), (0, 8), (3, 0)]
     assert results.bootstrap(columns, results.ratio)[0] == pytest.approx(4 / 10)
     assert results.bootstrap([(2, 4)] * 30, results.ratio) == (0.5, 0.5, 0.5)
+
+
+def test_ratio_is_exact_to_the_last_digit():
+    counts = [(1, 3), (0, 1), (1, 1)]  # the ratio of their means is 0.39999999999999997
+    assert results.bootstrap(counts, results.ratio)[0] == 0.4
+    assert results.bootstrap([(2, 5)] * 3, results.ratio) == (0.4, 0.4, 0.4)
+    assert results.paired_difference(counts, [(0, 1)] * 3, results.ratio)[0] == 0.4
+
+
+def test_five_thousand_rows_are_quick():
+    """Processor time, which a busy machine does not stretch."""
+    columns = np.random.default_rng(3).integers(0, 4, (5000, 2))
+    started = time.process_time()
+    results.bootstrap(columns, results.ratio)
+    assert time.process_time() - started < 1.5
+
+
+def test_metrics_import_little():
+    code = (
+        "import sys, firsthand.metrics\n"
+        "assert not {'numpy', 'torch', 'evaluate'} & set(sys.modules)\n"
+        "from firsthand.metrics import chair, pope, results, visual_reliance\n"
+        "assert chair.score and pope.score and results.table and visual_reliance.score\n"
+        "heavy = {'torch', 'transformers', 'evaluate', 'datasets', 'pandas', 'nltk', 'textblob'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_groups_are_resampled_whole():
@@ -113,6 +144,8 @@ def test_protocol_is_the_fingerprint_of_the_measurement():
         arguments = {"prompt": "Describe.", "max_new_tokens": 8, "seed": 0} | change
         other = results.protocol(["a", "b"], **arguments)
         assert other["fingerprint"] != PROTOCOL["fingerprint"]
+    truths = [results.protocol(["a"], truth_hash=truth) for truth in (None, "x", "y")]
+    assert len({truth["fingerprint"] for truth in truths}) == 3
     assert results.protocol(["ab"])["ids_hash"] != PROTOCOL["ids_hash"]
 
 
