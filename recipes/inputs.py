@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,42 @@ def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
     aside = target.with_name(target.name + ".aside")
     aside.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
     aside.rename(target)
+
+
+def usable_rows(
+    rows: Any, problem: Callable[[Any], str | None]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Numbers of the rows that can be used, and number and reason of those that cannot.
+
+    Args:
+        rows: anything with a length and rows by number; reading one may raise.
+        problem: a row -> why it cannot be used, None where it can.
+
+    Raises:
+        ValueError: when none can.
+    """
+    from tqdm.auto import tqdm
+
+    kept, skipped = [], []
+    for number in tqdm(range(len(rows)), desc="checking rows", unit="row"):
+        try:
+            reason = problem(rows[number])
+        except Exception as error:  # decoders raise nearly anything
+            reason = f"the row cannot be read: {type(error).__name__}: {error}"
+        if reason is None:
+            kept.append(number)
+        else:
+            skipped.append({"row": number, "reason": reason})
+    if not kept:
+        raise ValueError(f"no row can be used; the first: {skipped[:1]}")
+    return kept, skipped
+
+
+def keep_skipped(folder: str | Path, skipped: list[dict[str, Any]], total: int) -> None:
+    """Write the reasons of rows that are left out to `skipped.jsonl`, and say so."""
+    if skipped:
+        write_rows(Path(folder) / "skipped.jsonl", skipped)
+        print(f"{len(skipped)} of {total} rows are left out: see skipped.jsonl in {folder}")
 
 
 def load_model(name: str | None) -> tuple[Any, Any]:

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tqdm.auto import tqdm
-
 from firsthand.processing.collator import Conflict, Noun, VisionLabelCollator
 from firsthand.processing.generation import one_view
 from firsthand.processing.masks import Frame
+from firsthand.recipes.inputs import keep_skipped, load_model, usable_rows
 from firsthand.recipes.trainers.vision_modeling import (
     Train,
     VisionModelingConfig,
@@ -65,9 +64,14 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, VisionModelingConf
     Raises:
         ValueError: naming the keys of the file that are no options.
     """
+    return parse_options([RecipeArguments, VisionModelingConfig], arguments)
+
+
+def parse_options(kinds: list[type], arguments: Sequence[str]) -> Any:
+    """`parse` for the option classes of any recipe; the first of them has `config`."""
     from transformers import HfArgumentParser
 
-    parser: Any = HfArgumentParser([RecipeArguments, VisionModelingConfig])  # type: ignore[list-item]
+    parser: Any = HfArgumentParser(kinds)  # type: ignore[arg-type]
     file = parser.parse_known_args(arguments)[0].config
     if file is not None:
         import yaml
@@ -166,26 +170,6 @@ def problem(sample: Mapping[str, Any]) -> str | None:
     return None
 
 
-def usable(samples: Any) -> tuple[list[int], list[dict[str, Any]]]:
-    """Indices of the samples that can be trained on; number and reason of those that cannot.
-
-    Raises ValueError where none can.
-    """
-    kept, skipped = [], []
-    for number in tqdm(range(len(samples)), desc="checking rows", unit="row"):
-        try:
-            reason = problem(samples[number])
-        except Exception as error:  # decoders raise nearly anything
-            reason = f"the row cannot be read: {type(error).__name__}: {error}"
-        if reason is None:
-            kept.append(number)
-        else:
-            skipped.append({"row": number, "reason": reason})
-    if not kept:
-        raise ValueError(f"no row can be trained on; the first: {skipped[:1]}")
-    return kept, skipped
-
-
 def with_head(model: Any, vision_head: str) -> Any:
     """The model, or for a separate vision head the grounded model around its weights."""
     if vision_head == "shared":
@@ -211,13 +195,10 @@ def run(recipe: RecipeArguments, settings: VisionModelingConfig) -> VisionModeli
     """
     from torch.utils.data import Subset
 
-    from firsthand.recipes.inputs import load_model, write_rows
-
     samples = load_samples(recipe.data, recipe.split, recipe.asked)
-    kept, skipped = usable(samples)
-    if skipped and settings.should_save:
-        write_rows(Path(str(settings.output_dir)) / "skipped.jsonl", skipped)
-        print(f"{len(skipped)} of {len(samples)} rows are left out: see skipped.jsonl")
+    kept, skipped = usable_rows(samples, problem)
+    if settings.should_save:
+        keep_skipped(str(settings.output_dir), skipped, len(samples))
     model, processor = load_model(recipe.model)
     model = with_head(model, recipe.vision_head)
     collator = VisionLabelCollator(

@@ -108,6 +108,11 @@ class VisionModelingTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+def language_linear(model: Any) -> str:
+    """A pattern of the names of the language model's linear layers, for `LoraConfig`."""
+    return rf".*\b{re.escape(family_of(model).language_model)}\..*\.({'|'.join(LINEAR)})"
+
+
 def make_trainable(
     model: Any, train: Train, lora_rank: int = 16, lora_projector: bool = True
 ) -> Any:
@@ -135,12 +140,11 @@ def make_trainable(
     if train == "lora":
         from peft import LoraConfig, get_peft_model
 
-        targets = rf".*\b{re.escape(family.language_model)}\..*\.({'|'.join(LINEAR)})"
         saved = heads + ([family.projector] if lora_projector else [])
         config = LoraConfig(
             r=lora_rank,
             lora_alpha=2 * lora_rank,
-            target_modules=targets,
+            target_modules=language_linear(model),
             modules_to_save=saved or None,
         )
         return get_peft_model(model, config)

@@ -28,7 +28,7 @@ def test_help_names_every_verb_without_heavy_imports():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("augment", "demo", "env", "measure", "explain", "steer"):
+    for verb in ("augment", "demo", "env", "measure", "explain", "steer", "train"):
         assert verb in done.stdout
 
 

@@ -16,6 +16,7 @@ from firsthand.processing.collator import VisionLabelCollator
 from firsthand.processing.masks import encode
 from firsthand.recipes import train_vision_modeling as recipe
 from firsthand.recipes.demo_data import load_scenes
+from firsthand.recipes.inputs import usable_rows
 from firsthand.recipes.trainers.vision_modeling import (
     VisionModelingConfig,
     VisionModelingTrainer,
@@ -186,13 +187,13 @@ def test_rows_that_cannot_be_trained_on_are_left_out(saved, tmp_path):
     rows[3]["turns"][0]["expressions"][0]["mask"] = encode(np.ones((5, 5)))
     rows[4]["turns"][0]["answer"] = ""
     rows[5]["image"] = None
-    kept, skipped = recipe.usable(rows)
+    kept, skipped = usable_rows(rows, recipe.problem)
     assert kept == [0, 5] and [s["row"] for s in skipped] == [1, 2, 3, 4]
     reasons = ["OSError: truncated", "no turns", r"mask of 'dog' is \[5, 5\]", "answer is empty"]
     for found, expected in zip(skipped, reasons, strict=True):
         assert re.search(expected, found["reason"])
-    with pytest.raises(ValueError, match="no row can be trained on"):
-        recipe.usable(rows[1:5])
+    with pytest.raises(ValueError, match="no row can be used"):
+        usable_rows(rows[1:5], recipe.problem)
 
 
 class Broken:
