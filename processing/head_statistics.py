@@ -141,7 +141,10 @@ def ceilings(coverage: Any) -> dict[str, float]:
     """
     cover = np.asarray(coverage, dtype=np.float64)
     best = {name: float(value) for name, value in statistics(cover, cover).items()}
-    return best | {"energy_ratio": float(_divide(cover.max(), cover.mean()))}
+    untied = np.argsort(np.argsort(cover, kind="stable"))  # ties only ever lower the precision
+    precision = average_precision(ordered(untied), cover)
+    energy = _divide(cover.max(), cover.mean())
+    return best | {"average_precision": float(precision), "energy_ratio": float(energy)}
 
 
 def mean_over_tokens(values: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from firsthand.processing.head_statistics import (
@@ -129,6 +129,7 @@ def test_perfect_attention_reaches_the_ceiling_and_known_values():
 
 
 @settings(max_examples=30, deadline=None)
+@example((np.array([[0, 0, 2, 1.0]]), np.array([0.25, 0.25, 0.5, 0.25])))  # a tie in the mask
 @given(cases())
 def test_nothing_exceeds_its_ceiling(case):
     rows, coverage = case
