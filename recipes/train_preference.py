@@ -86,7 +86,8 @@ def load_pairs(data: str | None, split: str) -> Any:
         raise ValueError("give --data: a Parquet file or folder, or a Hub id, of preference rows")
     path = Path(data)
     if path.exists():
-        files = [str(p) for p in sorted(path.rglob("*.parquet"))] if path.is_dir() else [data]
+        folder = path / "data" if (path / "data").is_dir() else path
+        files = [str(p) for p in sorted(folder.rglob("*.parquet"))] if path.is_dir() else [data]
         rows = load_dataset("parquet", data_files=files, split="train")
     else:
         rows = load_dataset(data, split=split)

@@ -1,0 +1,1 @@
+"""Prompts and preference pairs about images, as SIMA, POVID and CSR publish them."""
