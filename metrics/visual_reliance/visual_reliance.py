@@ -21,6 +21,7 @@ predictions: answers to the images as they are, a list of strings
 masked_predictions: answers to the images without their key regions
 references: right answers
 control_predictions: answers without regions of equal area elsewhere; optional
+outside_predictions: answers to the key regions alone; optional
 blank_predictions: answers to blank images; optional"""
 
 
@@ -48,12 +49,14 @@ class VisualReliance(evaluate.Metric):
         references,
         masked_predictions,
         control_predictions=None,
+        outside_predictions=None,
         blank_predictions=None,
     ):
         views = {
             "plain": predictions,
             "masked": masked_predictions,
             "control": control_predictions,
+            "outside": outside_predictions,
             "blank": blank_predictions,
         }
         return score(
