@@ -68,6 +68,21 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def load_rows(data: str, split: str) -> Any:
+    """A data set: Parquet on disk (a file, or a folder's files), or the split of one of the Hub.
+
+    Of a folder with `data` in it only that is read, not what was dropped and lies beside it.
+    """
+    from datasets import load_dataset
+
+    path = Path(data)
+    if not path.exists():
+        return load_dataset(data, split=split)
+    folder = path / "data" if (path / "data").is_dir() else path
+    files = [str(p) for p in sorted(folder.rglob("*.parquet"))] if path.is_dir() else [data]
+    return load_dataset("parquet", data_files=files, split="train")
+
+
 def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """One JSON object a line, written aside and renamed."""
     target = Path(path)

@@ -13,10 +13,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from firsthand.recipes.inputs import keep_skipped, load_model, usable_rows
+from firsthand.recipes.inputs import keep_skipped, load_model, load_rows, usable_rows
 from firsthand.recipes.trainers.preference import SharedImageDPOConfig, SharedImageDPOTrainer
 from firsthand.recipes.trainers.vision_modeling import language_linear, make_trainable
 
@@ -80,17 +79,9 @@ def load_pairs(data: str | None, split: str) -> Any:
     Raises:
         ValueError: when no data is named, or a column is missing.
     """
-    from datasets import load_dataset
-
     if data is None:
         raise ValueError("give --data: a Parquet file or folder, or a Hub id, of preference rows")
-    path = Path(data)
-    if path.exists():
-        folder = path / "data" if (path / "data").is_dir() else path
-        files = [str(p) for p in sorted(folder.rglob("*.parquet"))] if path.is_dir() else [data]
-        rows = load_dataset("parquet", data_files=files, split="train")
-    else:
-        rows = load_dataset(data, split=split)
+    rows = load_rows(data, split)
     missing = set(COLUMNS) - set(rows.column_names)
     if missing:
         raise ValueError(

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 from firsthand.processing.collator import Conflict, Noun, VisionLabelCollator
 from firsthand.processing.generation import one_view
 from firsthand.processing.masks import Frame
-from firsthand.recipes.inputs import keep_skipped, load_model, usable_rows
+from firsthand.recipes.inputs import keep_skipped, load_model, load_rows, usable_rows
 from firsthand.recipes.trainers.vision_modeling import (
     Train,
     VisionModelingConfig,
@@ -131,18 +131,12 @@ def load_samples(data: str | None, split: str, asked: int = 0) -> Any:
     path = Path(data or SCENES)
     if _holds_scenes(path, split):
         return [scene_to_sample(row, asked) for row in load_scenes(split, folder=path)]
-    from datasets import Image, load_dataset
+    from datasets import Image
 
-    data = str(path)
-    if path.exists():
-        folder = path / "data" if (path / "data").is_dir() else path  # not dropped rows beside it
-        files = [str(p) for p in sorted(folder.rglob("*.parquet"))] if path.is_dir() else [data]
-        rows = load_dataset("parquet", data_files=files, split="train")
-    else:
-        rows = load_dataset(data, split=split)
+    rows = load_rows(str(path), split)
     missing = {"id", "image", "turns"} - set(rows.column_names)
     if missing:
-        raise ValueError(f"{data} has no column {', '.join(sorted(missing))}: no grounded samples")
+        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: no grounded samples")
     return rows.cast_column("image", Image())
 
 
