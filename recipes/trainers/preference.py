@@ -100,12 +100,11 @@ class SharedImages:
 
     def of(self, model: Any, images: dict[str, Any]) -> Any:
         """`mm_encoder_outputs` of the images; frozen encoders are asked once for equal pixels."""
-        frozen = not torch.is_grad_enabled() or not encoder_trains(model)
-        shared = frozen and not encoder_trains(model)
+        shared = not encoder_trains(model)
         pixels = images["pixel_values"]
         if shared and self.pixels is pixels:
             return self.features
-        with torch.set_grad_enabled(not frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not shared):
             found = model.get_image_features(**images, return_dict=True)
         found.hidden_states = found.attentions = None
         features = {"image": found}
