@@ -15,11 +15,7 @@ Needs the extra `scale` (openai).
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
-import os
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from firsthand.processing.answer_cache import AnswerCache
 
 Message = dict[str, Any]
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -55,8 +53,7 @@ class Endpoint:
         model: the name that the server knows it by.
         api_key: sent and never kept: not in the cache, a log, an error or `repr`.
         cache_dir: answered requests, one JSON file each; None keeps nothing. A rerun asks only what
-        was
-            not answered, also after kill -9.
+            was not answered, also after kill -9.
         concurrency: requests under way at once.
         max_retries: tries after the first, on busy, broken or silent servers and on answers that
             `parse` refuses.
@@ -84,7 +81,7 @@ class Endpoint:
         except ImportError:
             raise ImportError("Endpoint needs openai: pip install 'firsthand[scale]'") from None
         self.base_url, self.model = base_url.rstrip("/"), model
-        self.cache = Path(cache_dir) if cache_dir else None
+        self.cache = AnswerCache(cache_dir)
         self.concurrency, self.max_retries = concurrency, max_retries
         self.timeout, self.backoff, self.price = timeout, backoff, price
         self.counts: Counter[str] = Counter()
@@ -172,7 +169,7 @@ class Endpoint:
                 reason = f"not as asked for: {error}"
             else:
                 self._count(answer.usage)
-                self._keep(key, payload, text)
+                self.cache.put(key, text, payload=payload)
                 return Reply(text=text, value=value)
             self.counts[f"fault: {reason.split(':')[0]}"] += 1
         return Reply(error=self._clean(f"gave up after {self.max_retries + 1} tries: {reason}"))
@@ -186,31 +183,16 @@ class Endpoint:
         return text.replace(self._key, "***")[:500] if len(self._key) > 4 else text[:500]
 
     def _key_of(self, payload: dict) -> str:
-        text = json.dumps([self.base_url, payload], sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def _file(self, key: str) -> Path | None:
-        return self.cache and self.cache / key[:2] / f"{key}.json"
+        return self.cache.key([self.base_url, payload])
 
     def _cached(self, key: str, parse: Callable[[str], Any] | None) -> Reply | None:
-        file = self._file(key)
-        if file is None or not file.exists():
+        text = self.cache.get(key)
+        if text is None:
             return None
-        text = json.loads(file.read_text(encoding="utf-8"))["text"]
         try:
             return Reply(text=text, value=parse(text) if parse else text, cached=True)
         except ValueError:
             return None  # parsed otherwise when it was kept: ask again
-
-    def _keep(self, key: str, payload: dict, text: str) -> None:
-        file = self._file(key)
-        if file is None:
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump({"payload": payload, "text": text}, out, ensure_ascii=False)
-        os.replace(aside, file)
 
 
 def _retry_after(headers: Any, otherwise: float) -> float:
