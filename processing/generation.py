@@ -1,7 +1,7 @@
 """Answers to many questions about images, in batches, each image encoded once.
 
-What it is: greedy, deterministic generation for any supported model, native or grounded, steered or
-not. What it is not: a server (point an `Endpoint` at one), or sampling of candidates.
+What it is: deterministic generation for any supported model, native or grounded, steered or not:
+greedy, or drawn where a row carries a seed. What it is not: a server (point an `Endpoint` at one).
 
     rows = [{"id": "1", "image_id": "a", "image": pil, "question": "Is there a dog in the image?"}]
     for answer in generate_answers(model, processor, rows): print(answer["prediction"])
@@ -10,7 +10,7 @@ not. What it is not: a server (point an `Endpoint` at one), or sampling of candi
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from inspect import signature
 from itertools import islice
 from typing import Any
@@ -19,13 +19,16 @@ import torch
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from firsthand.modeling.families import unwrap
+from firsthand.processing.sampling import RowDraws
 
 CACHED_BYTES = 2**29  # of image features that are kept for further questions
 WINDOW = 8  # batches that are read ahead and sorted by length; answers come after each window
 PLAIN_INPUTS = {"input_ids", "attention_mask", "pixel_values"}
+DRAWN = ("temperature", "top_p")
 
 Row = dict[str, Any]
 
@@ -128,7 +131,12 @@ def _answer(
     if features is not None and plain:
         keys = [(r["image_id"], r.get("condition")) for r in rows]
         inputs["mm_encoder_outputs"] = features.outputs(keys, inputs.pop("pixel_values"))
-    said = model.generate(**inputs, do_sample=False, **settings)
+    drawn = {name: settings[name] for name in DRAWN if name in settings}
+    draws = RowDraws([row.get("seed") for row in rows], **drawn)
+    rest = {name: value for name, value in settings.items() if name not in DRAWN}
+    said = model.generate(
+        **inputs, do_sample=False, logits_processor=LogitsProcessorList([draws]), **rest
+    )
     new = said[:, inputs["input_ids"].shape[1] :]
     return [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
 
@@ -140,6 +148,7 @@ def generate_answers(
     max_new_tokens: int = 64,
     batch_size: int = 8,
     progress: bool = True,
+    done: Callable[[Row, str], None] | None = None,
     **settings: Any,
 ) -> Iterator[Row]:
     """Prediction rows, in the order of the input; WINDOW * batch_size rows are held at a time.
@@ -148,10 +157,12 @@ def generate_answers(
         model: a supported vision-language model; in eval mode while the answers are made.
         processor: its processor, with a chat template.
         rows: `id, image_id, image (PIL), question`; other keys are carried through. Rows with the
-            same `image_id` and `condition` must hold the same image: it is encoded once.
+            same `image_id` and `condition` must hold the same image: it is encoded once. A row with
+            `seed` (a text) is drawn with it, by `temperature` and `top_p`; others are greedy.
         max_new_tokens: bound on each answer.
         batch_size: rows in one call of `generate`; questions of like length share one.
         progress: show a progress bar.
+        done: told each row and its answer as soon as there is one.
         settings: further arguments of `generate`.
 
     Yields:
@@ -167,7 +178,9 @@ def generate_answers(
         while window := list(islice(source, WINDOW * batch_size)):
             model.eval()
             try:
-                outcomes = _window(model, processor, window, features, batch_size, settings, bar)
+                outcomes = _window(
+                    model, processor, window, features, batch_size, settings, bar, done
+                )
             finally:
                 model.train(training)
             for row, outcome in zip(window, outcomes, strict=True):
@@ -182,6 +195,7 @@ def _window(
     batch_size: int,
     settings: Row,
     bar: tqdm,
+    done: Callable[[Row, str], None] | None,
 ) -> list[Row]:
     """One `{"prediction"}` or `{"error"}` a row, in the rows' order."""
     problems = [_problem(row) for row in rows]
@@ -194,5 +208,7 @@ def _window(
         said = _answer(model, processor, [rows[i] for i in batch], features, settings)
         for i, text in zip(batch, said, strict=True):
             outcomes[i] = {"prediction": text}
+            if done is not None:
+                done(rows[i], text)
         bar.update(len(batch))
     return outcomes
