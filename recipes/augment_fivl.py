@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -26,12 +25,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
 
 from firsthand.datasets_scripts.fivl import fivl
 from firsthand.processing import key_expressions, masks
 from firsthand.recipes import conversations
-from firsthand.recipes.inputs import MAX_PIXELS
+from firsthand.recipes.inputs import stored_image
 from firsthand.recipes.stages import DROPPED, Dropped, Row, Step, keep_plan, run_stages
 
 EXPRESSIONS = ("noun-phrases", "endpoint")
@@ -46,23 +44,6 @@ OPTIONS = {  # what of a segmenter can be named
 }
 SAME_MASK = 0.95  # IoU from which two expressions share one mask, as in FiVL
 SETTINGS = {"temperature": 0.0, "max_tokens": 512, "response_format": {"type": "json_object"}}
-
-
-def picture(stored: Mapping[str, Any]) -> Image.Image:
-    """The image of a stored file: RGB, turned as its EXIF orientation says.
-
-    Raises:
-        ValueError: for what is no image, is broken, or has more than MAX_PIXELS pixels.
-    """
-    name, data = stored["path"] or "the image", stored["bytes"]
-    try:
-        image = Image.open(io.BytesIO(data))
-        size = image.size
-        if size[0] * size[1] <= MAX_PIXELS:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types on broken files
-        raise ValueError(f"corrupt image: {name}: {error}") from None
-    raise ValueError(f"image too large: {name}: {size[0]} x {size[1]}, over {MAX_PIXELS:,} pixels")
 
 
 class ReadRecord(Step):
@@ -84,7 +65,7 @@ class ReadRecord(Step):
             record = conversations.parse_record(row["record"], row["place"])
             stored = conversations.find_image(record, row["image"], self.images)
             turns = conversations.turns_of(record)
-            size = picture(stored).size if stored else None
+            size = stored_image(stored).size if stored else None
         except (ValueError, OSError) as error:
             raise Dropped(str(error)) from None
         return {
@@ -130,7 +111,7 @@ class AskExpressions(Step):
         endpoint = Endpoint(self.url, self.model, api_key=key, cache_dir=self.cache)
         asked, requests = [], []
         for row in (r for r in rows if r["image"] is not None):
-            image = picture(row["image"])
+            image = stored_image(row["image"])
             for number, turn in enumerate(row["turns"], 1):
                 asked.append((row, number, turn))
                 request = key_expressions.request(turn["question"], turn["answer"], image)
@@ -203,7 +184,7 @@ class FindMasks(Step):
             except ValueError as error:
                 raise Dropped(f"no annotations: {error}") from None
         segmenter = opened_segmenter(self.segmenter, tuple(sorted(self.options.items())))
-        segments = segmenter.segment(picture(row["image"]), phrases)
+        segments = segmenter.segment(stored_image(row["image"]), phrases)
         return segmenters.deduplicate(segments, iou=SAME_MASK)
 
 

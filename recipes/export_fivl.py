@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow.parquet as parquet
 
 from firsthand.processing.masks import decode, patch_coverage, to_frame
-from firsthand.recipes.augment_fivl import picture
 from firsthand.recipes.import_fivl import FULL, GRID, SIDE
+from firsthand.recipes.inputs import stored_image
 
 RECORDS, MASKS, IMAGES = "fivl_instruct.json", "dataset_grounded.tar", "images"
 
@@ -89,7 +89,7 @@ class _Writer:
             return record, 0
         folder = f"{row['record_key']}-{self.keys[row['record_key']]}"
         self.keys[row["record_key"]] += 1
-        size, names, segment = picture(row["image"]).size, dict[str, str](), []
+        size, names, segment = stored_image(row["image"]).size, dict[str, str](), []
         for number, turn in enumerate(row["turns"], 1):
             prompts = []
             for one in (e for e in turn["expressions"] if e["mask"]):

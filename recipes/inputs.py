@@ -6,8 +6,9 @@ image = open_image("photo.jpg"); model, processor = load_model("org/model")
 from __future__ import annotations
 
 import gzip
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,23 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} is not an image that Pillow can read ({error})") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def stored_image(stored: Mapping[str, Any]) -> Image.Image:
+    """The image of a stored file: RGB, turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: for what is no image, is broken, or has more than MAX_PIXELS pixels.
+    """
+    name, data = stored["path"] or "the image", stored["bytes"]
+    try:
+        image = Image.open(io.BytesIO(data))
+        size = image.size
+        if size[0] * size[1] <= MAX_PIXELS:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many types on broken files
+        raise ValueError(f"corrupt image: {name}: {error}") from None
+    raise ValueError(f"image too large: {name}: {size[0]} x {size[1]}, over {MAX_PIXELS:,} pixels")
 
 
 def image_files(folder: str | Path) -> list[Path]:
