@@ -1,8 +1,6 @@
 """The demo's explanations: support and heatmap of every object word, and the warning's threshold.
 
-The support of a word is how much the image raises its probability: the log-likelihood ratio of the
-word's tokens with the image against a blank one (VaLSe's visual-token test, arXiv 2505.17812), in
-nats. A word that the prior would have said anyway has none.
+The support of a word is how much the image raises its probability (`processing/support.py`).
 
     words = word_maps(model, processor, [(image, question)], threshold, "photographs")
 """
@@ -13,36 +11,15 @@ import random
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from firsthand.datasets_scripts.scenes import scenes
+from firsthand.processing import support
 from firsthand.recipes.demo_measure import LEXICON
-from firsthand.recipes.demo_rows import blank, swapped_caption
+from firsthand.recipes.demo_rows import swapped_caption
 
 CALIBRATION_SCENES = 24
-
-
-@torch.inference_mode()
-def log_probabilities(
-    model: Any, processor: Any, images: list[Image.Image], question: str, answer: str
-) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Log-probability of each answer token under each image, [images, A], and the tokens' spans."""
-    from firsthand.processing.generation import build_prompt
-
-    prompt = build_prompt(processor, question)
-    encoded = processor.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-    count = len(encoded.input_ids)
-    batch = processor(
-        images=[i.convert("RGB") for i in images],
-        text=[prompt + answer] * len(images),
-        return_tensors="pt",
-    ).to(model.device)
-    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    logits = model(**batch, logits_to_keep=count + 1).logits[:, :-1].float().log_softmax(-1)
-    wanted = batch["input_ids"][:, -count:, None]
-    return logits.gather(-1, wanted)[..., 0].cpu(), encoded.offset_mapping
 
 
 def supports(
@@ -50,23 +27,12 @@ def supports(
 ) -> list[dict[str, Any]]:
     """`{text, span, node, support}` of each object word of the answer."""
     mentions = LEXICON.mentions(answer)
-    if not mentions:
-        return []
-    images = [image, blank(image)]
-    chances, spans = log_probabilities(model, processor, images, question, answer)
-    ratio = chances[0] - chances[1]
-    found = []
-    for mention in mentions:
-        inside = [i for i, (a, b) in enumerate(spans) if a < mention.end and b > mention.start]
-        found.append(
-            {
-                "text": answer[mention.start : mention.end],
-                "span": [mention.start, mention.end],
-                "node": mention.node,
-                "support": float(ratio[inside].sum()),
-            }
-        )
-    return found
+    spans = [(mention.start, mention.end) for mention in mentions]
+    found = support.supports(model, processor, image, question, answer, spans)
+    return [
+        {"text": answer[a:b], "span": [a, b], "node": mention.node, "support": value}
+        for (a, b), mention, value in zip(spans, mentions, found, strict=True)
+    ]
 
 
 def calibrate(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from firsthand.datasets_scripts.scenes import scenes
 from firsthand.metrics import pope
+from firsthand.processing.support import blank
 
 Row = dict[str, Any]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -65,11 +66,6 @@ def _filled(image: Image.Image, box: Box) -> Image.Image:
     mean = pixels.reshape(-1, 3).mean(0).astype(np.uint8)
     pixels[box[1] : box[3], box[0] : box[2]] = mean
     return Image.fromarray(pixels)
-
-
-def blank(image: Image.Image) -> Image.Image:
-    """An image of the same size in its mean colour."""
-    return _filled(image, (0, 0, *image.size))
 
 
 def swapped_caption(row: Row, rng: random.Random) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from firsthand.datasets_scripts.scenes import scenes
-from firsthand.recipes.demo_rows import blank
+from firsthand.processing.support import blank
 from firsthand.recipes.inputs import load_model, open_image, read_rows
 
 
