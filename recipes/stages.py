@@ -21,6 +21,7 @@ neither loses nor doubles a row. What it is not: a cache of servers' answers (`E
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -152,8 +153,11 @@ def run_stages(
         kept: the columns of `data/` where they are others than the source's and the steps';
             `dropped/` always has those.
 
+    Under `accelerate launch` or `torchrun` each process takes its share of the shards.
+
     Returns:
-        How many rows there were, by fate: `kept` and `dropped`.
+        How many rows there were, by fate: `kept` and `dropped`; where other processes are not done,
+        also how many shards are `left`.
 
     Raises:
         ValueError: where the source has no rows, `out` holds a run of other steps or another
@@ -166,13 +170,25 @@ def run_stages(
             at, field = schema.get_field_index(name), pa.field(name, kind)
             schema = schema.append(field) if at < 0 else schema.set(at, field)
     keep_plan(out / "state" / "plan.json", {"shards": shards, "steps": [s.name for s in steps]})
+    first, count = _share(len(shards))
     _Executor(
         pipeline=[ArrowReader(shards), *steps, ArrowWriter(out, schema, kept)],
         tasks=len(shards),
-        workers=min(workers, len(shards)),
+        local_tasks=count,
+        local_rank_offset=first,
+        workers=max(min(workers, count), 1),
         logging_dir=str(out / "state"),
     ).run()
-    return {"kept": _count(out / "data"), "dropped": _count(out / "dropped")}
+    counts = {"kept": _count(out / "data"), "dropped": _count(out / "dropped")}
+    left = len(shards) - len(list((out / "state" / "completions").glob("*")))
+    return counts | ({"left": left} if left else {})
+
+
+def _share(shards: int) -> tuple[int, int]:
+    """First shard of this process and how many: all, or under a launcher those of its RANK."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    first = shards * rank // world
+    return first, shards * (rank + 1) // world - first
 
 
 def _shards(source: Path) -> list[Shard]:
@@ -202,7 +218,7 @@ def keep_plan(path: Path, plan: dict[str, Any]) -> None:
             f"folder, or remove it to start anew (it ran {path.read_text('utf-8')[:300]})"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".aside")
+    aside = path.with_suffix(f".{os.getpid()}.aside")
     aside.write_text(text, "utf-8")
     aside.replace(path)
 
