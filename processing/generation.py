@@ -10,7 +10,7 @@ greedy, or drawn where a row carries a seed. What it is not: a server (point an 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from inspect import signature
 from itertools import islice
 from typing import Any
@@ -48,11 +48,12 @@ def build_prompt(processor: Any, question: str) -> str:
 def prepare_inputs(processor: Any, rows: list[Row], device: Any = "cpu") -> Any:
     """Left-padded model inputs of rows with `image` (PIL) and `question`, on a device.
 
-    Returns what the processor gives: input_ids and attention_mask [B, T], pixel_values [B, ...].
+    A row's `start`, if it has one, stands where its answer begins. Returns what the processor
+    gives: input_ids and attention_mask [B, T], pixel_values [B, ...].
     """
     return processor(
         images=[[r["image"].convert("RGB")] for r in rows],
-        text=[build_prompt(processor, r["question"]) for r in rows],
+        text=[build_prompt(processor, r["question"]) + r.get("start", "") for r in rows],
         return_tensors="pt",
         padding=True,
         padding_side="left",
@@ -119,11 +120,8 @@ def _problem(row: Row) -> str | None:
     return None
 
 
-@torch.inference_mode()
-def _answer(
-    model: Any, processor: Any, rows: list[Row], features: ImageFeatures | None, settings: Row
-) -> list[str]:
-    """The answers to one batch of rows."""
+def _inputs(model: Any, processor: Any, rows: list[Row], features: ImageFeatures | None) -> Any:
+    """Prepared inputs of one batch, its images encoded where `features` can share them."""
     inner = unwrap(model)
     inputs = prepare_inputs(processor, rows, inner.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(inner.dtype)
@@ -131,6 +129,22 @@ def _answer(
     if features is not None and plain:
         keys = [(r["image_id"], r.get("condition")) for r in rows]
         inputs["mm_encoder_outputs"] = features.outputs(keys, inputs.pop("pixel_values"))
+    return inputs
+
+
+def shared_features(model: Any) -> ImageFeatures | None:
+    """A store of encoded images for a model that takes them; None where its forward does not."""
+    inner = unwrap(model)
+    shares = "mm_encoder_outputs" in signature(inner.forward).parameters
+    return ImageFeatures(inner) if shares else None
+
+
+@torch.inference_mode()
+def _answer(
+    model: Any, processor: Any, rows: list[Row], features: ImageFeatures | None, settings: Row
+) -> list[str]:
+    """The answers to one batch of rows."""
+    inputs = _inputs(model, processor, rows, features)
     drawn = {name: settings[name] for name in DRAWN if name in settings}
     draws = RowDraws([row.get("seed") for row in rows], **drawn)
     rest = {name: value for name, value in settings.items() if name not in DRAWN}
@@ -149,6 +163,7 @@ def generate_answers(
     batch_size: int = 8,
     progress: bool = True,
     done: Callable[[Row, str], None] | None = None,
+    total: int | None = None,
     **settings: Any,
 ) -> Iterator[Row]:
     """Prediction rows, in the order of the input; WINDOW * batch_size rows are held at a time.
@@ -163,17 +178,16 @@ def generate_answers(
         batch_size: rows in one call of `generate`; questions of like length share one.
         progress: show a progress bar.
         done: told each row and its answer as soon as there is one.
+        total: how many rows there are, where `rows` has no length.
         settings: further arguments of `generate`.
 
     Yields:
         The row without its image and with `prediction`; a row that cannot be asked comes back with
         `error` (the reason) and no `prediction`, and the others go on.
     """
-    inner, training = unwrap(model), model.training
-    shares = "mm_encoder_outputs" in signature(inner.forward).parameters
-    features = ImageFeatures(inner) if shares else None
+    features, training = shared_features(model), model.training
     settings = {"max_new_tokens": max_new_tokens, **settings}
-    source, total = iter(rows), len(rows) if isinstance(rows, Sized) else None
+    source, total = iter(rows), len(rows) if isinstance(rows, Sized) else total
     with tqdm(total=total, desc="answering", unit="row", disable=not progress) as bar:
         while window := list(islice(source, WINDOW * batch_size)):
             model.eval()
@@ -212,3 +226,37 @@ def _window(
                 done(rows[i], text)
         bar.update(len(batch))
     return outcomes
+
+
+@torch.inference_mode()
+def next_token_log_probabilities(
+    model: Any, processor: Any, rows: list[Row], options: Sequence[str], batch_size: int = 8
+) -> Iterator[list[float]]:
+    """How probable each option is as the next token after a row's prompt and its `start`.
+
+    Args:
+        model, processor: as in `generate_answers`; the model should be in eval mode.
+        rows: `image_id, image (PIL), question, start`.
+        options: texts that are one token each after the rows' `start`.
+        batch_size: rows in one forward pass.
+
+    Yields:
+        The natural logarithms of the options' probabilities, for each row in order.
+
+    Raises:
+        ValueError: where the tokenizer does not make one token of an option.
+    """
+    features = shared_features(model)
+    for at in tqdm(range(0, len(rows), batch_size), desc="choosing", unit="batch"):
+        batch = rows[at : at + batch_size]
+        wanted = [[_token_after(processor, r["start"], o) for o in options] for r in batch]
+        inputs = _inputs(model, processor, batch, features)
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+        yield from logits.gather(-1, torch.tensor(wanted, device=logits.device)).tolist()
+
+
+def _token_after(processor: Any, start: str, option: str) -> int:
+    before, after = (processor.tokenizer(t).input_ids for t in (start, start + option))
+    if after[:-1] != before:
+        raise ValueError(f"the tokenizer does not make one token of {option!r} after {start!r}")
+    return after[-1]
