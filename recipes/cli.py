@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 EXPECTED = (ValueError, OSError, ImportError)  # the user's input or machine, not our bug
 
@@ -87,7 +88,7 @@ def _answered_by(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _chair_options(parser: argparse.ArgumentParser) -> None:
+def _chair_truth(parser: argparse.ArgumentParser) -> Any:
     chair = parser.add_argument_group("chair")
     chair.add_argument("--objects", help="ground truth: JSON {image_id: [object, ...]}")
     chair.add_argument("--coco-instances", nargs="+", metavar="FILE", help="or instances_*.json")
@@ -99,6 +100,11 @@ def _chair_options(parser: argparse.ArgumentParser) -> None:
         help="whose CHAIR: published implementations do not agree",
     )
     chair.add_argument("--nouns", help="text file of nouns, one a line, instead of COCO's lexicon")
+    return chair
+
+
+def _chair_options(parser: argparse.ArgumentParser) -> None:
+    chair = _chair_truth(parser)
     chair.add_argument("--at-words", type=int, metavar="N", help="of the first N words a caption")
     chair.add_argument(
         "--at-recall", type=float, metavar="R", help="of captions cut alike to where R is reached"
@@ -304,9 +310,79 @@ def _steer(verbs: argparse._SubParsersAction) -> None:
         one.set_defaults(module="steer")
 
 
+def _staged(parser: argparse.ArgumentParser, data: str) -> None:
+    parser.add_argument("--data", required=True, help=f"Parquet or Hub id of {data}")
+    parser.add_argument("--split", default="train", help="of the Hub's data set")
+    parser.add_argument("--out", required=True, help="folder for Parquet")
+    parser.add_argument("--workers", type=int, default=1, help="shards under way at once")
+
+
+def _answering(parser: argparse.ArgumentParser, tokens: int) -> None:
+    _common_model(parser)
+    parser.add_argument("--endpoint", help="base URL; its key is read from OPENAI_API_KEY")
+    parser.add_argument("--endpoint-model", help="the name that the endpoint knows the model by")
+    parser.add_argument("--max-new-tokens", type=int, default=tokens, help="of an answer")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows in one call of generate")
+
+
+def _augment_responses(kinds: argparse._SubParsersAction) -> None:
+    parser = kinds.add_parser("responses", help="a model's own answers, greedy and drawn")
+    _staged(parser, "prompts (images, question)")
+    _answering(parser, 1024)
+    parser.add_argument("--candidates", type=int, default=1, help="drawn answers a prompt")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--seed", type=int, default=0, help="of drawn answers")
+    parser.set_defaults(module="augment_responses")
+
+
+def _augment_critique(kinds: argparse._SubParsersAction) -> None:
+    parser = kinds.add_parser("critique", help="which of a prompt's responses is better")
+    _staged(parser, "responses")
+    _answering(parser, 512)
+    parser.add_argument(
+        "--scorer",
+        default="critic",
+        help="critic, chair, evidence (visual support of object words), or package.module:function",
+    )
+    critic = parser.add_argument_group("critic")
+    critic.add_argument(
+        "--orders", default="both", choices=("both", "one"), help="one: drawn response first"
+    )
+    critic.add_argument(
+        "--reading",
+        default="strict",
+        choices=("strict", "published", "choice"),
+        help="of a verdict; choice: the more probable of 1 and 2, without a reason",
+    )
+    critic.set_defaults(temperature=1.0, top_p=1.0, seed=0)
+    _chair_truth(parser).add_argument(
+        "--recall-weight", type=float, default=0.0, help="score: weight * recall - CHAIR_i"
+    )
+    evidence = parser.add_argument_group("evidence")
+    evidence.add_argument("--ceiling", type=float, default=5.0, help="nats that a word can have")
+    evidence.add_argument("--threshold", type=float, default=0.0, help="nats of a clean word")
+    parser.set_defaults(module="augment_critique")
+
+
+def _augment_preferences(kinds: argparse._SubParsersAction) -> None:
+    parser = kinds.add_parser("preferences", help="critiques as preference rows for training")
+    _staged(parser, "critiques")
+    parser.add_argument(
+        "--clean-only", action="store_true", help="only responses without hallucination are chosen"
+    )
+    parser.add_argument("--min-margin", type=float, default=0.0, help="least difference of scores")
+    parser.add_argument(
+        "--weights", action="store_true", help="weigh each pair by its difference of scores"
+    )
+    parser.set_defaults(module="augment_preferences")
+
+
 def _augment(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("augment", help="make training data out of conversations")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for add in (_augment_responses, _augment_critique, _augment_preferences):
+        add(kinds)
     fivl = kinds.add_parser("fivl", help="key expressions of answers and their masks")
     fivl.add_argument("--data", required=True, help="LLaVA-format JSON(L), Parquet or Hub id")
     fivl.add_argument("--images", help="folder that the records' image paths start from")

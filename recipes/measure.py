@@ -52,7 +52,7 @@ class Measured(NamedTuple):
 Scorer = Callable[[list[Row]], Measured]
 
 
-def _lexicon(args: argparse.Namespace) -> chair.Lexicon:
+def lexicon_of(args: argparse.Namespace) -> chair.Lexicon:
     """The lexicon of --nouns, or COCO's, which stands for --variant's."""
     if not args.nouns:
         return chair.COCO
@@ -62,7 +62,7 @@ def _lexicon(args: argparse.Namespace) -> chair.Lexicon:
     return chair.lexicon_from_nouns(nouns)
 
 
-def _objects(args: argparse.Namespace, lexicon: chair.Lexicon) -> Mapping[Any, list[str]]:
+def ground_truth(args: argparse.Namespace, lexicon: chair.Lexicon) -> Mapping[Any, list[str]]:
     """Ground truth from the one source that was given."""
     if bool(args.objects) == bool(args.coco_instances):
         raise ValueError(
@@ -85,9 +85,9 @@ def _answered_by(args: argparse.Namespace) -> dict[str, Any]:
 def _chair(args: argparse.Namespace) -> Scorer:
     if args.at_words is not None and args.at_recall is not None:
         raise ValueError("--at-words and --at-recall are two budgets: give one")
-    lexicon = _lexicon(args)
+    lexicon = lexicon_of(args)
     options = {"lexicon": lexicon, "variant": args.variant}
-    objects = _objects(args, lexicon)
+    objects = ground_truth(args, lexicon)
     return partial(_score_captions, args, objects, options)
 
 

@@ -238,8 +238,23 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def write_card(folder: Path, kind: str, split: str, counts: Mapping[str, int], source: str) -> None:
-    """README.md with `configs` and `dataset_info`, so that `load_dataset` needs no script."""
+def write_card(
+    folder: Path,
+    kind: str,
+    split: str,
+    counts: Mapping[str, int],
+    source: str,
+    columns: Any = None,
+    about: str = "",
+) -> None:
+    """README.md with `configs` and `dataset_info`, so that `load_dataset` needs no script.
+
+    Args:
+        folder: with the rows in `data`.
+        kind, split, counts, source: as in `build`.
+        columns: the rows' features, where they have more than those of the kind.
+        about: how they were made.
+    """
     import yaml
 
     head = {
@@ -254,7 +269,7 @@ def write_card(folder: Path, kind: str, split: str, counts: Mapping[str, int], s
                 "data_files": [{"split": split, "path": "data/*.parquet"}],
             }
         ],
-        "dataset_info": {"features": features(kind)._to_yaml_list()},
+        "dataset_info": {"features": (columns or features(kind))._to_yaml_list()},
     }
     body = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     filled = {
@@ -262,7 +277,7 @@ def write_card(folder: Path, kind: str, split: str, counts: Mapping[str, int], s
             "prompts": "Prompts about images",
             "preferences": "Preferred and rejected answers",
         }[kind],
-        "about": f"Built by firsthand from `{source}`.",
+        "about": about or f"Built by firsthand from `{source}`.",
         "counts": "\n".join(f"| {name} | {n} |" for name, n in counts.items()),
         "columns": f"Columns: {COLUMNS[kind]}.",
     }
