@@ -17,7 +17,11 @@ from typing import Any, Literal, get_args
 
 from firsthand.recipes.inputs import keep_skipped, load_model, load_rows, usable_rows
 from firsthand.recipes.trainers.preference import SharedImageDPOConfig, SharedImageDPOTrainer
-from firsthand.recipes.trainers.vision_modeling import language_linear, make_trainable
+from firsthand.recipes.trainers.vision_modeling import (
+    language_linear,
+    make_trainable,
+    set_precision,
+)
 
 Train = Literal["lora", "full"]
 COLUMNS = ("images", "prompt", "chosen", "rejected")
@@ -110,6 +114,7 @@ def run(recipe: RecipeArguments, settings: SharedImageDPOConfig) -> SharedImageD
         )
     else:
         model = make_trainable(model, "full")
+    set_precision(model, bool(settings.bf16))
     trainer = SharedImageDPOTrainer(
         model,
         args=settings,

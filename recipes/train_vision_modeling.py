@@ -25,6 +25,7 @@ from firsthand.recipes.trainers.vision_modeling import (
     VisionModelingConfig,
     VisionModelingTrainer,
     make_trainable,
+    set_precision,
 )
 
 Head = Literal["shared", "separate"]
@@ -200,22 +201,13 @@ def run(recipe: RecipeArguments, settings: VisionModelingConfig) -> VisionModeli
         recipe.conflict, recipe.noun, settings.seed,
     )  # fmt: skip
     model = make_trainable(model, recipe.train, recipe.lora_rank, recipe.lora_projector)
-    _set_precision(model, settings.bf16)
+    set_precision(model, settings.bf16)
     trainer = VisionModelingTrainer(
         model, settings, collator, Subset(samples, kept), processing_class=processor
     )
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     trainer.save_model()
     return trainer
-
-
-def _set_precision(model: Any, bf16: bool) -> None:
-    """float32 throughout; with bf16 only what is trained, and the rest stays as it was stored."""
-    if not bf16:
-        model.float()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 def main() -> None:

@@ -153,3 +153,12 @@ def make_trainable(
     for module in [projector(model)] + [base.get_submodule(name) for name in heads]:
         module.requires_grad_(True)
     return model
+
+
+def set_precision(model: Any, bf16: bool) -> None:
+    """float32 throughout; with bf16 only what is trained, and the rest stays as it was stored."""
+    if not bf16:
+        model.float()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
