@@ -43,15 +43,15 @@ def log_likelihoods(
     return chances.gather(-1, tokens[:, None])[:, 0].cpu(), asked.spans
 
 
-def supports(
+def word_log_likelihoods(
     model: Any,
     processor: Any,
     image: Image.Image,
     question: str,
     answer: str,
     words: Sequence[tuple[int, int]],
-) -> list[float]:
-    """The support of each word, in nats: positive where the image speaks for it.
+) -> list[tuple[float, float]]:
+    """The log-likelihood of each word with the image and with a blank one, in nats, at most 0.
 
     Args:
         model, processor: a supported model.
@@ -63,6 +63,21 @@ def supports(
         return []
     with_image, spans = log_likelihoods(model, processor, image, question, answer)
     without, _ = log_likelihoods(model, processor, blank(image), question, answer)
-    ratio = with_image - without
     inside = [[i for i, (a, b) in enumerate(spans) if a < end and b > at] for at, end in words]
-    return [float(ratio[tokens].sum()) for tokens in inside]
+    return [(float(with_image[t].sum()), float(without[t].sum())) for t in inside]
+
+
+def supports(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    question: str,
+    answer: str,
+    words: Sequence[tuple[int, int]],
+) -> list[float]:
+    """The support of each word, in nats: positive where the image speaks for it.
+
+    Arguments as in `word_log_likelihoods`.
+    """
+    found = word_log_likelihoods(model, processor, image, question, answer, words)
+    return [with_image - without for with_image, without in found]

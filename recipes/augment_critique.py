@@ -13,7 +13,7 @@ A prompt without a verdict (tie, unparsed, over-long, ...) is kept in OUT/droppe
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar
@@ -252,8 +252,8 @@ def _scorer_of(args: argparse.Namespace) -> Critique:
         scorer: Any = ChairScorer(objects, lexicon, args.variant, args.recall_weight)
         about = {"variant": args.variant, "recall_weight": args.recall_weight}
     elif args.scorer == "evidence":
-        scorer = EvidenceScorer(args.model, args.ceiling, args.threshold)
-        about = {"model": args.model, "ceiling": args.ceiling, "threshold": args.threshold}
+        scorer = EvidenceScorer(args.model, args.support_weight, args.ceiling, args.threshold)
+        about = asdict(scorer)
     else:
         imported_function(args.scorer)
         scorer, about = FunctionScorer(args.scorer), {}

@@ -360,7 +360,8 @@ def _augment_critique(kinds: argparse._SubParsersAction) -> None:
         "--recall-weight", type=float, default=0.0, help="score: weight * recall - CHAIR_i"
     )
     evidence = parser.add_argument_group("evidence")
-    evidence.add_argument("--ceiling", type=float, default=5.0, help="nats that a word can have")
+    evidence.add_argument("--support-weight", type=float, default=0.5)
+    evidence.add_argument("--ceiling", type=float, default=5.0, help="nats of support that count")
     evidence.add_argument("--threshold", type=float, default=0.0, help="nats of a clean word")
     parser.set_defaults(module="augment_critique")
 

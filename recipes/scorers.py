@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,34 +81,37 @@ def _or_zero(value: float) -> float:
 
 @dataclass(frozen=True)
 class EvidenceScorer:
-    """The visual support of a response's object words, by the model that will be trained.
+    """What the model that will be trained sees of a response's object words; no judge, no truth.
 
-    The score is the mean over words of min(support, ceiling) in nats (`processing/support.py`); a
-    response without object words has 0. Clean where no word has less than `threshold`.
+    The score is the sum over words of log p + weight * min(support, ceiling) in nats, p being the
+    word's probability with the image and support how much the image raises it
+    (`processing/support.py`); a response without object words has 0. Clean where no word has less
+    support than `threshold`.
 
     Args:
         model: Hub id or path; None is the demo model.
+        weight: of the support.
         ceiling: above it more support adds nothing: a rare word is not better than a common one.
         threshold: in nats.
     """
 
     model: str | None = None
+    weight: float = 0.5
     ceiling: float = 5.0
     threshold: float = 0.0
 
     def __call__(self, row: Row, responses: Sequence[str]) -> list[Score]:
-        from firsthand.processing.support import supports
+        return [self._score(row, text) for text in responses]
+
+    def _score(self, row: Row, text: str) -> Score:
+        from firsthand.processing.support import word_log_likelihoods
         from firsthand.recipes.answering import opened_model
 
         image = stored_image(row["images"][0])
-        model, processor = opened_model(self.model)
-        found = []
-        for text in responses:
-            words = [(start, end) for start, end, _ in noun_phrases(text)]
-            nats = supports(model, processor, image, row["question"], text, words)
-            value = statistics.fmean(min(one, self.ceiling) for one in nats) if nats else 0.0
-            found.append(Score(value, all(one >= self.threshold for one in nats)))
-        return found
+        words = [(start, end) for start, end, _ in noun_phrases(text)]
+        found = word_log_likelihoods(*opened_model(self.model), image, row["question"], text, words)
+        value = sum(a + self.weight * min(a - b, self.ceiling) for a, b in found)
+        return Score(value, all(a - b >= self.threshold for a, b in found))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from firsthand.datasets_scripts.sima import sima
 from firsthand.processing import critic
 from firsthand.processing.endpoint import Reply
 from firsthand.processing.generation import build_prompt, prepare_inputs
-from firsthand.processing.support import supports
+from firsthand.processing.support import word_log_likelihoods
 from firsthand.recipes import answering, cli, scorers
 from firsthand.recipes.answering import Answerer, Request
 from firsthand.recipes.augment_critique import Criticise, Critique, Rate, critique
@@ -403,16 +403,18 @@ def test_the_choice_is_the_likelier_verdict(saved, tmp_path):
     assert found["scores"] == ([-1.0, 1.0] if odds[0] - odds[1] > 0 else [1.0, -1.0])
 
 
-def test_evidence_is_the_capped_mean_support_of_object_words(saved, tmp_path):
+def test_evidence_is_what_the_model_sees_of_object_words(saved, tmp_path):
     data = responses(tmp_path, {"What?": ["a dog and a cup.", "Yes."]})
     row = rows_of(data)[0]
     tiny_image().save(tmp_path / "a.png")
     row["images"][0]["bytes"] = (tmp_path / "a.png").read_bytes()
     model, processor = answering.opened_model(str(saved))
-    image = stored_image(row["images"][0])
-    nats = supports(model, processor, image, "What?", "a dog and a cup.", [(2, 5), (12, 15)])
+    said = model, processor, stored_image(row["images"][0]), "What?", "a dog and a cup."
+    (one, one_blank), (two, two_blank) = word_log_likelihoods(*said, [(2, 5), (12, 15)])
+    nats = [one - one_blank, two - two_blank]
     ceiling = min(nats) + 1e-6
-    scorer = scorers.EvidenceScorer(str(saved), ceiling, threshold=max(nats))
+    scorer = scorers.EvidenceScorer(str(saved), 0.5, ceiling, threshold=max(nats))
     found = scorer(row, ["a dog and a cup.", "Yes."])
-    assert found[0].value == pytest.approx(sum(min(n, ceiling) for n in nats) / 2)
+    expected = one + two + 0.5 * sum(min(n, ceiling) for n in nats)
+    assert found[0].value == pytest.approx(expected)
     assert found == [(found[0].value, False), (0.0, True)]
