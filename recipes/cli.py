@@ -285,8 +285,13 @@ def _explain_logits(kinds: argparse._SubParsersAction) -> None:
 def _train(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("train", help="what follows training; recipes train")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    merge = actions.add_parser("merge", help="put a trained adapter into its model")
-    merge.add_argument("--adapter", required=True, help="the folder that LoRA training wrote")
+    merge = actions.add_parser("merge", help="put trained adapters into their model")
+    merge.add_argument(
+        "--adapter",
+        required=True,
+        action="append",
+        help="the folder that LoRA training wrote; again for each later round, in order",
+    )
     _common_model(merge)
     merge.add_argument("--out", required=True, help="folder for the merged model and processor")
     merge.set_defaults(module="train_merge")
