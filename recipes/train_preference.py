@@ -6,16 +6,26 @@ TRL's DPOConfig hold. What it is not: a maker of preferences, or an evaluation.
     accelerate launch -m firsthand.recipes.train_preference \
         --config recipes/configs/preference.yaml --model llava-hf/llava-1.5-7b-hf --data pairs/
     firsthand train merge --adapter OUT --model llava-hf/llava-1.5-7b-hf --out merged
+
+Rounds: `--start OUT` merges the adapter of the round before, which is the reference then, and
+trains a new one on pairs of that model's answers. After a stop: `--resume_from_checkpoint true`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from PIL import Image
+from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
+
 from firsthand.recipes.inputs import keep_skipped, load_model, load_rows, usable_rows
+from firsthand.recipes.train_merge import check_adapters, merge
 from firsthand.recipes.trainers.preference import SharedImageDPOConfig, SharedImageDPOTrainer
 from firsthand.recipes.trainers.vision_modeling import (
     language_linear,
@@ -35,6 +45,9 @@ class RecipeArguments:
     model: str | None = field(default=None, metadata={"help": "Hub id or path; the demo model"})
     data: str | None = field(default=None, metadata={"help": "Parquet or Hub id of pairs"})
     split: str = field(default="train", metadata={"help": "split of the Hub's data set"})
+    start: list[str] | None = field(
+        default=None, metadata={"help": "adapters of earlier rounds, merged in order first"}
+    )
     train: Train = field(default="lora", metadata={"help": "lora or full"})
     lora_rank: int = field(default=128, metadata={"help": "rank of LoRA"})
     lora_alpha: int = field(default=256, metadata={"help": "alpha of LoRA"})
@@ -55,8 +68,34 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, SharedImageDPOConf
     return parse_options([RecipeArguments, SharedImageDPOConfig], arguments)
 
 
-def problem(row: Mapping[str, Any]) -> str | None:
-    """Why a pair cannot be trained on; None where it can. Its images are decoded."""
+def problems(processor: Any, limit: int) -> Callable[[Mapping[str, Any]], str | None]:
+    """A function: why a pair cannot be trained on; None where it can. Its images are decoded.
+
+    Args:
+        processor: whose special tokens must not stand in messages, and who gives image tokens.
+        limit: most tokens of prompt, image tokens and the longer answer.
+    """
+    special = special_tokens(processor)
+    sizes: dict[tuple[int, int], int] = {}
+
+    def problem(row: Mapping[str, Any]) -> str | None:
+        reason = _said(row, special) or _weight(row)
+        if reason:
+            return reason
+        for image in row["images"]:
+            image.load()
+        count = tokens(row, processor, sizes)
+        if count > limit:
+            return (
+                f"{count} tokens with its image tokens, over the {limit} of max_length or context"
+            )
+        return None
+
+    return problem
+
+
+def _said(row: Mapping[str, Any], special: Sequence[str]) -> str | None:
+    """What is wrong with the words of a pair."""
     chosen, rejected = (text_of(row[name]) for name in ("chosen", "rejected"))
     if not row["prompt"]:
         return "the prompt is empty"
@@ -64,17 +103,71 @@ def problem(row: Mapping[str, Any]) -> str | None:
         return "an answer is empty"
     if chosen.strip() == rejected.strip():
         return "both answers are the same"
-    for image in row["images"]:
-        image.load()
+    for name in ("prompt", "chosen", "rejected"):
+        if isinstance(row[name], str):
+            continue  # the user's own template, which needs such tokens
+        words = text_of(row[name])
+        if found := next((token for token in special if token in words), None):
+            return f"{name} holds the special token {found} as text"
     return None
 
 
-def text_of(answer: Any) -> str:
-    """The text of an answer, plain or as messages."""
-    if isinstance(answer, str):
-        return answer
-    parts = [message["content"] for message in answer]
-    return " ".join(p if isinstance(p, str) else " ".join(c["text"] for c in p) for p in parts)
+def _weight(row: Mapping[str, Any]) -> str | None:
+    weight = row.get("weight", 1.0)
+    if weight is None or not 0 <= weight < math.inf:
+        return f"the weight is {weight}; it must be a number of at least 0"
+    return None
+
+
+def special_tokens(processor: Any) -> list[str]:
+    """What a tokenizer reads as more than text, the image token among it."""
+    tokenizer = processor.tokenizer
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return sorted({*tokenizer.all_special_tokens, *added})
+
+
+def tokens(row: Mapping[str, Any], processor: Any, sizes: dict[tuple[int, int], int]) -> int:
+    """Tokens of prompt, images and the longer answer, as the trainer's collator makes them.
+
+    Args:
+        row: with decoded images.
+        processor: asked once for each size of an image.
+        sizes: tokens that an image of a size adds to its placeholder; filled here.
+    """
+    example = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    if is_conversational(example):
+        images = {"prompt": row["images"]}
+        example = {n: prepare_multimodal_messages(t, images.get(n)) for n, t in example.items()}
+        example = apply_chat_template(example, processor)
+    for image in row["images"]:
+        if image.size not in sizes:
+            sizes[image.size] = _image_tokens(image.size, processor)
+    count = {name: _text_tokens(text, processor) for name, text in example.items()}
+    shown = sum(sizes[image.size] for image in row["images"])
+    return count["prompt"] + shown + max(count["chosen"], count["rejected"])
+
+
+def _text_tokens(text: str, processor: Any) -> int:
+    return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _image_tokens(size: tuple[int, int], processor: Any) -> int:
+    """Tokens that an image of a size adds to a prompt which has its placeholder."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}])
+    images = [[Image.new("RGB", size)]]
+    whole = processor(images=images, text=[text], add_special_tokens=False)["input_ids"][0]
+    return len(whole) - _text_tokens(text, processor)
+
+
+def text_of(turns: Any) -> str:
+    """The text of a prompt or answer, plain or as messages."""
+    if isinstance(turns, str):
+        return turns
+    parts = [message["content"] for message in turns]
+    return " ".join(
+        p if isinstance(p, str) else " ".join(c.get("text") or "" for c in p) for p in parts
+    )
 
 
 def load_pairs(data: str | None, split: str) -> Any:
@@ -95,6 +188,27 @@ def load_pairs(data: str | None, split: str) -> Any:
     return rows
 
 
+def checkpoint_of(settings: SharedImageDPOConfig) -> str | None:
+    """Where training goes on: the folder that is named; for `true` the last that is whole, if any.
+
+    A checkpoint's state is written last, so that one which a stop cut short has none.
+    """
+    wanted = settings.resume_from_checkpoint
+    if wanted is None or wanted.lower() != "true":
+        return wanted
+    found = Path(str(settings.output_dir)).glob("checkpoint-*/trainer_state.json")
+    whole = [path.parent for path in found if _is_json(path)]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
 def run(recipe: RecipeArguments, settings: SharedImageDPOConfig) -> SharedImageDPOTrainer:
     """Train, and save the adapter (or model) and its processor into `settings.output_dir`.
 
@@ -103,10 +217,14 @@ def run(recipe: RecipeArguments, settings: SharedImageDPOConfig) -> SharedImageD
     from peft import LoraConfig
 
     rows = load_pairs(recipe.data, recipe.split)
-    kept, skipped = usable_rows(rows, problem)
+    check_adapters(recipe.start or [])
+    model, processor = load_model(recipe.model)
+    context = model.config.get_text_config().max_position_embeddings
+    limit = min(settings.max_length or context, context)
+    kept, skipped = usable_rows(rows, problems(processor, limit))
     if settings.should_save:
         keep_skipped(str(settings.output_dir), skipped, len(rows))
-    model, processor = load_model(recipe.model)
+    model = merge(model, recipe.start or [])
     lora = None
     if recipe.train == "lora":
         lora = LoraConfig(
@@ -122,7 +240,7 @@ def run(recipe: RecipeArguments, settings: SharedImageDPOConfig) -> SharedImageD
         processing_class=processor,
         peft_config=lora,
     )
-    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_of(settings))
     trainer.save_model()
     return trainer
 

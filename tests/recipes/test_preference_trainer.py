@@ -245,6 +245,21 @@ def test_missing_columns_and_adapters_on_the_head_are_refused(tmp_path):
         trainer_of(True, "llava", tmp_path, pairs(), adapter)
 
 
+@pytest.mark.parametrize(
+    ("target", "config", "message"),
+    [
+        ("lm_head", None, "adapter to `lm_head`"),
+        ("q_proj", lora(), "together with a `peft_config`"),
+    ],
+)
+def test_models_with_an_adapter_of_their_own(target, config, message, tmp_path, monkeypatch):
+    model = peft.get_peft_model(TINY["llava"](), peft.LoraConfig(r=2, target_modules=[target]))
+    model.requires_grad_(True)
+    monkeypatch.setitem(TINY, "llava", lambda: model)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(True, "llava", tmp_path, pairs(), config)
+
+
 row = st.tuples(st.integers(1, 6), st.integers(0, 5), st.integers(0, 5), st.integers(0, 3))
 
 
