@@ -28,6 +28,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
+from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import hash_module
 
@@ -190,12 +191,16 @@ class SharedImageDPOTrainer(DPOTrainer):
     Raises:
         ValueError: for a family that is not in `modeling/families.py`, or whose prefix cannot be
             shared, with the reason; rows without `prompt`, `chosen` or `rejected`; weights below 0;
-            options that exclude each other, or a loss that is no mean over pairs with `weight`.
+            options that exclude each other, or a loss that is no mean over pairs with `weight`; a
+            collator of one's own.
+        TypeError: for `args` that are no SharedImageDPOConfig.
     """
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         args = args or SharedImageDPOConfig("dpo")
-        dataset, processor = kwargs.get("train_dataset"), kwargs.get("processing_class")
+        if not isinstance(args, SharedImageDPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}; it must be a SharedImageDPOConfig")
+        dataset = kwargs.get("train_dataset")
         self.images = SharedImages()
         columns = list(getattr(dataset, "column_names", None) or ())
         vision = bool({"image", "images"} & set(columns))
@@ -204,8 +209,14 @@ class SharedImageDPOTrainer(DPOTrainer):
             _check_columns(columns)
             if not isinstance(model, str):
                 check_shareable(model)
-            if processor is not None and kwargs.get("data_collator") is None:
-                kwargs["data_collator"] = _collator(args, processor, dataset)
+            if kwargs.get("data_collator") is not None:
+                raise ValueError("rows with images need the trainer's own data_collator; give none")
+            if kwargs.get("processing_class") is None:
+                name = model if isinstance(model, str) else model.config.name_or_path
+                kwargs["processing_class"] = AutoProcessor.from_pretrained(
+                    name, trust_remote_code=args.trust_remote_code
+                )
+            kwargs["data_collator"] = _collator(args, kwargs["processing_class"], dataset)
         own_reference = self._own_reference(model, ref_model, args, kwargs.get("peft_config"))
         super().__init__(model, own_reference or ref_model, args, **kwargs)
         if not vision:
@@ -215,7 +226,7 @@ class SharedImageDPOTrainer(DPOTrainer):
         for one in models:
             share(unwrap(one), self._tokenizer.pad_token_id, self.images, args.share_prefix)
         for one in self._datasets():
-            _check_weights(one)
+            _check_weights(one, args.loss_type)
         if args.precompute_reference:
             self._precompute(drop_reference=ref_model is None)
 
@@ -266,9 +277,8 @@ class SharedImageDPOTrainer(DPOTrainer):
     def _asked(self, dataset: Any, name: str, images: Images) -> Any:
         """The data set with TRL's columns of the reference, of the rows with certain images."""
         args: Any = self.args
-        collator = shown = self.data_collator
-        if isinstance(collator, SharedImageCollator):
-            shown = replace(collator, images=images)
+        collator: Any = self.data_collator
+        shown = replace(collator, images=images)
         self._precompute_model_hash = Hasher.hash((self._model_hash, *_settings(args, shown)))
         size = args.precompute_ref_batch_size or args.per_device_train_batch_size
         with _while(self, data_collator=shown):
@@ -385,13 +395,11 @@ def _collator(args: SharedImageDPOConfig, processor: Any, dataset: Any) -> Share
     )  # fmt: skip
 
 
-def _settings(args: Any, collator: Any) -> list[Any]:
+def _settings(args: Any, collator: SharedImageCollator) -> list[Any]:
     """What else than model and rows decides the reference's log-probabilities."""
-    found: list[Any] = [args.max_length, args.ld_alpha]
-    if not isinstance(collator, SharedImageCollator):
-        return found
     processor: Any = collator.processor
-    found += [collator.images, processor.image_processor.to_json_string(), processor.chat_template]
+    found = [args.max_length, args.ld_alpha, collator.images]
+    found += [processor.image_processor.to_json_string(), processor.chat_template]
     if collator.images == "corrupted":
         found += [collator.corruption, collator.seed]
         found.append(collator.others._fingerprint if collator.others is not None else None)
@@ -415,13 +423,6 @@ def _check_options(args: SharedImageDPOConfig, columns: list[str], vision: bool)
     ) if here]  # fmt: skip
     if on and not vision:
         raise ValueError(f"{on[0]} needs rows with a column image or images; the data set has none")
-    if WEIGHT in columns:
-        for loss in terms.NOT_BY_PAIR:
-            if loss in args.loss_type:
-                raise ValueError(
-                    f"the data set has a column `weight`, but loss_type {loss!r} is no mean over "
-                    "pairs, so a pair cannot be weighted in it; remove the column or the loss"
-                )
     if args.ld_alpha is not None and (image or args.anchor_weight):
         raise ValueError(f"{on[0]} and ld_alpha exclude each other; unset one")
     if gamma != 1 and not args.precompute_reference:
@@ -429,11 +430,22 @@ def _check_options(args: SharedImageDPOConfig, columns: list[str], vision: bool)
             f"image_reference_weight {gamma} needs what the reference says without images, which "
             "is asked before training only; set precompute_reference"
         )
+    if vision and args.sync_ref_model and args.precompute_reference:
+        raise ValueError(
+            "sync_ref_model moves the reference, so what it says cannot be asked before training; "
+            "unset precompute_reference"
+        )
 
 
-def _check_weights(dataset: Any) -> None:
+def _check_weights(dataset: Any, losses: list[str]) -> None:
     if not isinstance(dataset, Dataset) or WEIGHT not in dataset.column_names:
         return
+    for loss in terms.NOT_BY_PAIR:
+        if loss in losses:
+            raise ValueError(
+                f"the data set has a column `weight`, but loss_type {loss!r} is no mean over "
+                "pairs, so a pair cannot be weighted in it; remove the column or the loss"
+            )
     weights = np.asarray(dataset[WEIGHT], dtype=float)
     if bad := np.flatnonzero(~np.isfinite(weights) | (weights < 0)).tolist():
         raise ValueError(

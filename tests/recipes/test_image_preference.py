@@ -407,6 +407,7 @@ def test_the_references_columns_follow_the_options(tmp_path):
     [
         ({"image_preference_weight": 1.0, "ld_alpha": 0.5}, "ld_alpha exclude each other"),
         ({"image_reference_weight": 0.5, "precompute_reference": False}, "set precompute_ref"),
+        ({"sync_ref_model": True}, "unset precompute_reference"),
         ({"corruption": "swirl"}, "'swirl'.*crop, diffusion"),
         ({"anchor_weight": -1.0}, "anchor_weight is -1.0"),
     ],
@@ -420,6 +421,29 @@ def test_options_that_cannot_be_followed(options, message, tmp_path):
 def test_weights_that_are_none_are_refused(bad, tmp_path):
     with pytest.raises(ValueError, match="row 1 has the weight.*at least 0"):
         trainer_of(tmp_path, pairs(weights=[1.0, bad, 1.0]))
+
+
+def test_arguments_of_the_wrong_kind(tmp_path):
+    model, data = TINY["llava"](), pairs()
+    given = dict(train_dataset=data, processing_class=tiny_processor("llava"))
+    with pytest.raises(TypeError, match="args is a DPOConfig; it must be a SharedImageDPOConfig"):
+        SharedImageDPOTrainer(model, args=trl.DPOConfig(str(tmp_path), use_cpu=True), **given)
+    with pytest.raises(ValueError, match="the trainer's own data_collator"):
+        SharedImageDPOTrainer(
+            model, args=SharedImageDPOConfig(str(tmp_path), use_cpu=True), data_collator=list,
+            **given,
+        )  # fmt: skip
+
+
+def test_model_and_processor_are_loaded_by_name(tmp_path):
+    TINY["internvl"]().save_pretrained(tmp_path)
+    tiny_processor("internvl").save_pretrained(tmp_path)
+    args = SharedImageDPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None
+    )
+    trainer = SharedImageDPOTrainer(str(tmp_path), args=args, train_dataset=pairs((1,)))
+    loss, _ = loss_of(trainer, batch_of(trainer))
+    assert loss.item() == pytest.approx(0.6931, abs=1e-3)
 
 
 def test_text_only_data_has_no_place_for_them(tmp_path):
