@@ -34,7 +34,8 @@ from firsthand.recipes.trainers.vision_modeling import (
 )
 
 Train = Literal["lora", "full"]
-COLUMNS = ("images", "prompt", "chosen", "rejected")
+TURNS = ("prompt", "chosen", "rejected")
+COLUMNS = ("images", *TURNS)
 
 
 @dataclass
@@ -103,7 +104,7 @@ def _said(row: Mapping[str, Any], special: Sequence[str]) -> str | None:
         return "an answer is empty"
     if chosen.strip() == rejected.strip():
         return "both answers are the same"
-    for name in ("prompt", "chosen", "rejected"):
+    for name in TURNS:
         if isinstance(row[name], str):
             continue  # the user's own template, which needs such tokens
         words = text_of(row[name])
@@ -134,15 +135,16 @@ def tokens(row: Mapping[str, Any], processor: Any, sizes: dict[tuple[int, int], 
         processor: asked once for each size of an image.
         sizes: tokens that an image of a size adds to its placeholder; filled here.
     """
-    example = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    example = dict(row)
     if is_conversational(example):
-        images = {"prompt": row["images"]}
-        example = {n: prepare_multimodal_messages(t, images.get(n)) for n, t in example.items()}
+        for name in TURNS:
+            images = row["images"] if name == "prompt" else None
+            example[name] = prepare_multimodal_messages(row[name], images)
         example = apply_chat_template(example, processor)
     for image in row["images"]:
         if image.size not in sizes:
             sizes[image.size] = _image_tokens(image.size, processor)
-    count = {name: _text_tokens(text, processor) for name, text in example.items()}
+    count = {name: _text_tokens(example[name], processor) for name in TURNS}
     shown = sum(sizes[image.size] for image in row["images"])
     return count["prompt"] + shown + max(count["chosen"], count["rejected"])
 

@@ -21,10 +21,11 @@ import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
@@ -296,15 +297,15 @@ class SharedImageDPOTrainer(DPOTrainer):
         rest = {name: value for name, value in inputs.items() if not terms.own(name)}
         weight, gamma = inputs.get(WEIGHT), args.image_reference_weight
         adds = args.image_preference_weight or args.anchor_weight
-        if weight is None and gamma == 1 and not adds:
-            return super()._compute_loss(model, rest, return_outputs)
-        if REFERENCE[0] not in rest:
-            asked = self.compute_ref_log_probs(self.ref_model or self.model, rest)
+        plain = weight is None and gamma == 1 and not adds
+        if REFERENCE[0] not in rest and (self.precompute_ref_logps or not plain):
+            asked = self.compute_ref_log_probs(self._reference(), rest)
             rest |= dict(zip(REFERENCE, asked, strict=True))
+        if plain:
+            return super()._compute_loss(model, rest, return_outputs)
         reference = [rest[name] for name in REFERENCE]
         if gamma != 1:
-            for name, bare in zip(REFERENCE, terms.REFERENCE_BARE, strict=True):
-                rest[name] = terms.image_weighted(rest[name], inputs[bare], gamma)
+            rest |= self._image_weighted(rest, inputs)
         answers: list[Tensor] = []
 
         def recorded(**settings: Any) -> Any:
@@ -316,7 +317,7 @@ class SharedImageDPOTrainer(DPOTrainer):
             return found
 
         weighted = args.use_weighting or weight is not None
-        hinge = weight is not None and "hinge" in args.loss_type
+        hinge = weight is not None and "hinge" in self.loss_types
         copies = terms.vectors_kept() if hinge else contextlib.nullcontext()
         with _while(self, precompute_ref_logps=True, use_weighting=weighted), copies:
             found = super()._compute_loss(recorded, rest, return_outputs)
@@ -325,6 +326,19 @@ class SharedImageDPOTrainer(DPOTrainer):
         chosen, rejected = (a - r for a, r in zip(answers, reference, strict=True))
         more = self._terms(model, inputs, chosen, rejected)
         return (found[0] + more, found[1]) if return_outputs else found + more
+
+    def _image_weighted(self, rest: Any, inputs: Any) -> dict[str, Tensor]:
+        """V-DPO's reference, from what it says with and without images."""
+        if terms.REFERENCE_BARE[0] not in inputs:
+            raise ValueError(
+                "these rows do not hold what the reference says without images; give them as "
+                "eval_dataset when the trainer is made"
+            )
+        gamma = cast(SharedImageDPOConfig, self.args).image_reference_weight
+        return {
+            name: terms.image_weighted(rest[name], inputs[bare], gamma)
+            for name, bare in zip(REFERENCE, terms.REFERENCE_BARE, strict=True)
+        }
 
     def _terms(self, model: Any, inputs: Any, chosen: Tensor, rejected: Tensor) -> Tensor:
         """The weighted sum of the terms that are on, for the answers' deltas."""
@@ -354,10 +368,18 @@ class SharedImageDPOTrainer(DPOTrainer):
         if terms.REFERENCE_CORRUPTED in inputs:
             reference = inputs[terms.REFERENCE_CORRUPTED][rows]
         else:
-            asked_of: Any = self.ref_model or self.model
-            single = functools.partial(asked_of, pairs=False)
+            single = functools.partial(self._reference(), pairs=False)
             reference = torch.cat(self.compute_ref_log_probs(single, batch))
         return rows, found.log_probs.sum(1) - reference
+
+    def _reference(self) -> Any:
+        """The model that the reference is, now; TRL switches its adapter."""
+        if self.ref_model is None and not is_peft_model(self.model):
+            raise ValueError(
+                "the reference was asked before training and is gone, and these rows do not hold "
+                "what it says; give them as eval_dataset when the trainer is made"
+            )
+        return self.ref_model or self.model
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -387,6 +387,24 @@ def test_training_and_evaluation_log_the_terms(tmp_path):
     assert found["eval_image_preference"] > 0 and found["eval_anchor"] > 0
 
 
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "terms"])
+def test_rows_that_the_reference_did_not_see_before(options, tmp_path):
+    """LoRA asks it then; in full fine-tuning it is gone, and that is said."""
+    data = pairs((1, 1, 1))
+    trainer = trainer_of(tmp_path, data, **options)
+    expected, _ = loss_of(trainer, batch_of(trainer))
+    trainer.model.eval()
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    args = trainer.args
+    given = dict(train_dataset=data, processing_class=tiny_processor("llava"))
+    full = SharedImageDPOTrainer(TINY["llava"](), args=args, **given)
+    with pytest.raises(ValueError, match="the reference was asked before training and is gone"):
+        full.evaluate(data)
+    weighted = trainer_of(tmp_path, data, image_reference_weight=0.5)
+    with pytest.raises(ValueError, match="what the reference says without images"):
+        weighted.evaluate(data)
+
+
 def test_the_references_columns_follow_the_options(tmp_path):
     """Columns that are cached for one corruption or length are not taken for another."""
     path = tmp_path / "rows.parquet"
