@@ -37,7 +37,8 @@ class Family:
         merge: patches on each side of the square that one image token stands for.
         grids: the image tokens' grids in prepared inputs, where these decide; None where the config
             fixes one grid for all images.
-        relevancy: whether `explain` covers it.
+        order: the patches' numbers (r * C + c on the image's grid of R x C patches) as they follow
+            each other in the vision encoder; None where they go row by row.
         image_token: config field with the id of the image token.
     """
 
@@ -48,7 +49,7 @@ class Family:
     projector: str
     merge: Callable[[PreTrainedConfig], int]
     grids: Callable[[PreTrainedConfig, Mapping[str, Any]], list[Grid]] | None = None
-    relevancy: bool = True
+    order: Callable[[PreTrainedConfig, Grid], torch.Tensor] | None = None
     image_token: str = "image_token_id"
 
 
@@ -86,7 +87,24 @@ def _thw_grids(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[Grid
     ]
 
 
-def _qwen(model_type: str) -> Family:
+def _by_blocks(config: PreTrainedConfig, grid: Grid) -> torch.Tensor:
+    """Qwen2-VL: the patches that one token merges stand together, the tokens row by row."""
+    merge, (height, width) = _spatial_merge(config), grid
+    numbers = torch.arange(height * width).view(height // merge, merge, width // merge, merge)
+    return numbers.transpose(1, 2).flatten()
+
+
+def _by_windows(config: PreTrainedConfig, grid: Grid) -> torch.Tensor:
+    """Qwen2.5-VL: as `_by_blocks`, but the tokens of one attention window stand together."""
+    vision, merge = config.vision_config, _spatial_merge(config)
+    side = vision.window_size // vision.patch_size // merge
+    tokens = [(r, c) for r in range(grid[0] // merge) for c in range(grid[1] // merge)]
+    tokens.sort(key=lambda token: (token[0] // side, token[1] // side, *token))
+    chosen = torch.tensor([r * (grid[1] // merge) + c for r, c in tokens])
+    return _by_blocks(config, grid).view(-1, merge**2)[chosen].flatten()
+
+
+def _qwen(model_type: str, order: Callable[[PreTrainedConfig, Grid], torch.Tensor]) -> Family:
     return Family(
         model_type=model_type,
         language_model="language_model",
@@ -95,7 +113,7 @@ def _qwen(model_type: str) -> Family:
         projector="visual.merger",
         merge=_spatial_merge,
         grids=_thw_grids,
-        relevancy=False,
+        order=order,
     )
 
 
@@ -107,7 +125,6 @@ def _idefics3(model_type: str) -> Family:
         vision_tower="vision_model",
         projector="connector",
         merge=_scale_factor,
-        relevancy=False,
     )
 
 
@@ -128,8 +145,8 @@ FAMILIES: dict[str, Family] = {
         projector="multi_modal_projector",
         merge=_pixel_shuffle,
     ),
-    "qwen2_vl": _qwen("qwen2_vl"),
-    "qwen2_5_vl": _qwen("qwen2_5_vl"),
+    "qwen2_vl": _qwen("qwen2_vl", _by_blocks),
+    "qwen2_5_vl": _qwen("qwen2_5_vl", _by_windows),
     "idefics3": _idefics3("idefics3"),
     "smolvlm": _idefics3("smolvlm"),
 }
@@ -286,6 +303,24 @@ def image_grid(config: PreTrainedConfig) -> Grid:
             "Change image_size, patch_size or downsample_ratio."
         )
     return grid[0] // merge, grid[1] // merge
+
+
+def patch_order(config: PreTrainedConfig, grid: Grid) -> torch.Tensor:
+    """Which patch stands where in the vision encoder, behind its CLS token.
+
+    Args:
+        config: the model's config.
+        grid: rows and columns of the image's tokens, (R, C), as `image_grids` says.
+
+    Returns:
+        int64 [P], P = R * C * merge^2: number r * (C * merge) + c of the patch at each place.
+    """
+    family = family_of(config)
+    merge = family.merge(config)
+    patches = grid[0] * merge, grid[1] * merge
+    if family.order is None:
+        return torch.arange(patches[0] * patches[1])
+    return family.order(config, patches)
 
 
 def image_grids(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[Grid]:

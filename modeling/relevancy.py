@@ -28,15 +28,18 @@ from transformers import (
 
 from .explanation import Explanation, token_spans, tokens_within
 from .families import (
+    Grid,
     family_of,
-    image_grid,
+    image_grids,
     image_mask,
-    patch_grid,
+    patch_order,
     unwrap,
     vision_layers,
     vision_prefix_tokens,
 )
 from .relevancy_attention import Backend, Recorder, recording
+
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 0 marks ordinary text
 
 
 def explain(
@@ -74,41 +77,41 @@ def explain(
     if not question.strip():
         raise ValueError("The question is empty; ask something about the image.")
     inner = unwrap(model)
-    if not family_of(inner).relevancy:
-        raise ValueError(
-            f"explain does not cover {inner.config.model_type!r}: its relevancy was not checked "
-            "against the full-matrix rule. Steering, vision modeling and head grids do."
-        )
     vision_layers(inner)
     inputs = _inputs(inner, processor, image, question)
+    grid = _grid(inner.config, inputs)
     with _frozen(inner):
         answer_ids = _answer_ids(inner, processor.tokenizer, inputs, answer, max_new_tokens)
         selected = _selected(tokens, len(answer_ids))
-        rows = _rows(inner, inputs, answer_ids, selected, backend)
-    return _explanation(inner, processor.tokenizer, inputs, question, answer_ids, selected, *rows)
+        rows = _rows(inner, inputs, grid, answer_ids, selected, backend)
+    return _explanation(
+        inner, processor.tokenizer, inputs, grid, question, answer_ids, selected, *rows
+    )
 
 
 def _inputs(
     model: PreTrainedModel, processor: ProcessorMixin, image: Any, question: str
 ) -> BatchFeature:
-    """The prompt's input_ids, attention_mask [1, P] and pixel_values, on the model's device."""
+    """What the processor makes of the prompt, one row, on the model's device in its dtype."""
     if processor.chat_template is None:
         raise ValueError("The processor has no chat template. Set processor.chat_template first.")
     content: Any = [{"type": "image"}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    inputs = processor(images=[image.convert("RGB")], text=[prompt], return_tensors="pt")
-    found = int(image_mask(model, inputs["input_ids"]).sum())
-    rows, columns = image_grid(model.config)
-    if found != rows * columns:
+    inputs = processor(images=[[image.convert("RGB")]], text=[prompt], return_tensors="pt")
+    return inputs.to(model.device, model.dtype)
+
+
+def _grid(config: PreTrainedConfig, inputs: BatchFeature) -> Grid:
+    """Rows and columns of the image's tokens."""
+    grids = image_grids(config, inputs)
+    if len(grids) != 1:
         raise ValueError(
-            f"The processor wrote {found} image tokens, the model's grid has {rows} x {columns}. "
-            "Use the processor that belongs to the model, without tiles or crops."
+            f"The processor made {len(grids)} images of one. Relevancy needs the whole image as "
+            "one: switch tiles off (do_image_splitting or crop_to_patches of its image_processor)."
         )
-    names = ("input_ids", "attention_mask", "pixel_values")
-    kept = BatchFeature({name: inputs[name] for name in names})
-    return kept.to(model.device, model.dtype)
+    return grids[0]
 
 
 def _answer_ids(
@@ -162,27 +165,24 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 def _rows(
     model: PreTrainedModel,
     inputs: BatchFeature,
+    grid: Grid,
     answer_ids: list[int],
     selected: list[int],
     backend: Backend,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Rows over the sequence [S, n] and over the patches [S, m] or None; probabilities [A]."""
-    prompt = inputs["input_ids"]
-    answer = torch.tensor([answer_ids], device=prompt.device)
-    ids = torch.cat([prompt, answer], 1)
-    positions = torch.arange(prompt.shape[1] - 1, ids.shape[1] - 1, device=prompt.device)
-    pixels = inputs["pixel_values"].clone().requires_grad_()
-    recorder = Recorder(model, _spread(model.config, image_mask(model, ids)[0].cpu()), backend)
+    given = _with_answer(inputs, answer_ids)
+    given["pixel_values"] = pixels = given["pixel_values"].clone().requires_grad_()
+    ids, count = given["input_ids"], len(answer_ids)
+    positions = torch.arange(ids.shape[1] - 1 - count, ids.shape[1] - 1, device=ids.device)
+    answer = ids[0, -count:, None]
+    prefix, order = vision_prefix_tokens(model.config), patch_order(model.config, grid)
+    image = image_mask(model, ids)[0].cpu()
+    recorder = Recorder(model, _spread(model.config, image, grid), backend)
     text, vision = [], []
     with recording(model, recorder):
-        logits = model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=pixels,
-            use_cache=False,
-            logits_to_keep=positions,
-        ).logits[0]
-        emitted = logits.gather(1, answer[0, :, None])[:, 0]
+        logits = model(**given, use_cache=False, logits_to_keep=positions).logits[0]
+        emitted = logits.gather(1, answer)[:, 0]
         for index in selected:
             at = int(positions[index])
             recorder.begin(at, ids.shape[1])
@@ -191,9 +191,24 @@ def _rows(
             row[at] -= 1
             text.append(_finite(row, model.dtype))
             if recorder.spread is not None:
-                vision.append(recorder.rows["vision"].cpu()[vision_prefix_tokens(model.config) :])
-    probability = logits.detach().float().softmax(-1).gather(1, answer[0, :, None])[:, 0].cpu()
+                vision.append(_raster(recorder.rows["vision"].cpu()[prefix:], order))
+    probability = logits.detach().float().softmax(-1).gather(1, answer)[:, 0].cpu()
     return torch.stack(text), torch.stack(vision) if vision else None, probability
+
+
+def _with_answer(inputs: BatchFeature, answer_ids: list[int]) -> dict[str, Any]:
+    """The prepared inputs, as long as prompt and answer together."""
+    answer = inputs["input_ids"].new_tensor([answer_ids])
+    longer = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
+    longer |= {name: torch.zeros_like(answer) for name in TOKEN_TYPES}
+    return dict(inputs) | {
+        name: torch.cat([inputs[name], more], 1) for name, more in longer.items() if name in inputs
+    }
+
+
+def _raster(row: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """A row over the encoder's patches, put row by row as they lie on the image."""
+    return torch.empty_like(row).index_copy_(0, order, row)
 
 
 def _finite(row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -203,25 +218,31 @@ def _finite(row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _spread(
-    config: PreTrainedConfig, image: torch.Tensor
+    config: PreTrainedConfig, image: torch.Tensor, grid: Grid
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """From a row over the sequence to one over the vision encoder's tokens (None: cannot be split).
 
     A merger shares a token's relevancy equally among the patches that it merges.
     """
-    if not isinstance(config.vision_feature_layer, int):
+    if isinstance(config.to_dict().get("vision_feature_layer"), list):
         return None
     return partial(
         spread_over_patches,
         image=image,
-        grid=image_grid(config),
+        grid=grid,
         merge=family_of(config).merge(config),
         prefix=vision_prefix_tokens(config),
+        order=patch_order(config, grid),
     )
 
 
 def spread_over_patches(
-    row: torch.Tensor, image: torch.Tensor, grid: tuple[int, int], merge: int, prefix: int
+    row: torch.Tensor,
+    image: torch.Tensor,
+    grid: Grid,
+    merge: int,
+    prefix: int,
+    order: torch.Tensor,
 ) -> torch.Tensor:
     """Each image token's relevancy in equal shares on its patches, zeros on the CLS token.
 
@@ -231,19 +252,21 @@ def spread_over_patches(
         grid: (R, C).
         merge: patches on each side of the square that one token stands for.
         prefix: tokens of the vision encoder before its patches.
+        order: as `families.patch_order` gives it.
 
     Returns:
         [prefix + R * C * merge^2].
     """
     tokens = row[image.to(row.device)].view(grid) / merge**2
     patches = tokens.repeat_interleave(merge, 0).repeat_interleave(merge, 1)
-    return torch.cat([row.new_zeros(prefix), patches.flatten()])
+    return torch.cat([row.new_zeros(prefix), patches.flatten()[order.to(row.device)]])
 
 
 def _explanation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: BatchFeature,
+    grid: Grid,
     question: str,
     answer_ids: list[int],
     selected: list[int],
@@ -255,6 +278,7 @@ def _explanation(
     answer, spans = token_spans(tokenizer, answer_ids)
     asked, pieces = _question(tokenizer, prompt, image_mask(model, prompt), question)
     image = text[:, : len(prompt)][:, image_mask(model, prompt)]
+    merge = family_of(model).merge(model.config)
     return Explanation(
         question=question,
         answer=answer,
@@ -263,8 +287,8 @@ def _explanation(
         spans=spans,
         selected=selected,
         question_tokens=pieces,
-        image=image.view(-1, *image_grid(model.config)),
-        patches=None if vision is None else vision.view(-1, *patch_grid(model.config)),
+        image=image.view(-1, *grid),
+        patches=None if vision is None else vision.view(-1, grid[0] * merge, grid[1] * merge),
         question_relevancy=text[:, asked],
         answer_relevancy=text[:, len(prompt) :],
         probability=probability,

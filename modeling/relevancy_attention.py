@@ -16,7 +16,7 @@ the row is carried through backward, which meets the layers in the needed order:
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,13 @@ Backend = Literal["streaming", "eager"]
 NAME = "firsthand_relevancy"
 REFUSED = ("softcap", "s_aux", "position_bias")
 CHUNK_ELEMENTS = 2**22  # of one recomputed piece of attention maps, 16 MB in float32
+
+
+class Call(NamedTuple):
+    """One call of an attention module: its tower and the part of the sequence that it sees."""
+
+    tower: str
+    place: slice
 
 
 class Recorder:
@@ -53,6 +60,16 @@ class Recorder:
         self.tower_of = {m: tower for tower, layers in towers.items() for m in layers.modules()}
         self.spread, self.backend = spread, backend
         self.rows: dict[str, torch.Tensor] = {}
+        self.ends: dict[nn.Module, int] = {}
+
+    def place(self, module: nn.Module, length: int) -> slice:
+        """Where in its tower's sequence a call of an attention module works: after its last one.
+
+        Packed images and attention windows are one call each, in the order of the sequence.
+        """
+        start = self.ends.get(module, 0)
+        self.ends[module] = start + length
+        return slice(start, start + length)
 
     def begin(self, position: int, length: int) -> None:
         """Start over: all relevancy lies at `position` of a sequence of `length`."""
@@ -62,12 +79,22 @@ class Recorder:
     def row(self, tower: str, device: torch.device) -> torch.Tensor:
         """The present row of a tower, float32 [n]; the vision encoder's starts when first asked."""
         if tower not in self.rows and self.spread is not None:
-            self.rows[tower] = self.spread(self.rows["text"])
-        return self.rows[tower].to(device)
+            self.rows[tower] = self._whole(self.spread(self.rows["text"]))
+        self.rows[tower] = self.rows[tower].to(device)
+        return self.rows[tower]
 
-    def add(self, tower: str, change: torch.Tensor) -> None:
-        """r += r A_bar, with the product `change` [n] computed by the caller."""
-        self.rows[tower] = self.row(tower, change.device) + change
+    def _whole(self, row: torch.Tensor) -> torch.Tensor:
+        ends = {end for module, end in self.ends.items() if self.tower_of[module] == "vision"}
+        if ends != {len(row)}:
+            raise ValueError(
+                f"The vision encoder attended over {sorted(ends)} tokens, but the image has "
+                f"{len(row)}. Check merge, order and prefix_tokens in modeling/families.py."
+            )
+        return row
+
+    def add(self, call: Call, change: torch.Tensor) -> None:
+        """r += r A_bar at the place of one call; the caller computed the product, `change`."""
+        self.row(call.tower, change.device)[call.place] += change
 
     def follows(self, tower: str) -> bool:
         """Whether rows are propagated through this tower."""
@@ -114,7 +141,7 @@ def relevancy_attention(
 
     Raises:
         ValueError: for attention that the rule does not cover (soft caps, sinks, position biases,
-            cross-attention, several images), rather than an inexact map.
+            cross-attention, a batch of images), rather than an inexact map.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     recorder = _ACTIVE.get()
@@ -122,10 +149,11 @@ def relevancy_attention(
         output = _plain(query, key, value, attention_mask, scale)
     else:
         tower = _tower(recorder, module, query, key, attention_mask, kwargs)
+        call = Call(tower, recorder.place(module, query.shape[2]))
         if recorder.backend == "streaming":
-            output = _Streaming.apply(query, key, value, attention_mask, scale, recorder, tower)
+            output = _Streaming.apply(query, key, value, attention_mask, scale, recorder, call)
         else:
-            output = _eager(query, key, value, attention_mask, scale, recorder, tower)
+            output = _eager(query, key, value, attention_mask, scale, recorder, call)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -147,7 +175,7 @@ def _tower(
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
             f"{name} got queries {tuple(query.shape)} and keys {tuple(key.shape)}; relevancy needs "
-            "self-attention of one sequence and one image (no tiles, windows or cached keys)."
+            "self-attention of one sequence and one image (no tiles or cached keys)."
         )
     if tower == "text" and mask is None:
         raise ValueError(f"{name} got no causal mask, so its relevancy would look ahead.")
@@ -180,7 +208,7 @@ def _eager(
     mask: torch.Tensor | None,
     scale: float,
     recorder: Recorder,
-    tower: str,
+    call: Call,
 ) -> torch.Tensor:
     """The same with autograd's own backward; the maps are kept."""
     groups = query.shape[1] // key.shape[1]
@@ -191,9 +219,10 @@ def _eager(
 
     def move_row(gradient: torch.Tensor) -> None:
         relevancy = (kept * gradient).clamp(min=0).mean(1)[0].float()
-        recorder.add(tower, recorder.row(tower, relevancy.device) @ relevancy)
+        row = recorder.row(call.tower, relevancy.device)[call.place]
+        recorder.add(call, row @ relevancy)
 
-    if recorder.follows(tower):
+    if recorder.follows(call.tower):
         weights.register_hook(move_row)
     return (weights @ v).to(query.dtype)
 
@@ -210,10 +239,10 @@ class _Streaming(torch.autograd.Function):
         mask: torch.Tensor | None,
         scale: float,
         recorder: Recorder,
-        tower: str,
+        call: Call,
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value, mask)
-        ctx.scale, ctx.recorder, ctx.tower = scale, recorder, tower
+        ctx.scale, ctx.recorder, ctx.call = scale, recorder, call
         return _plain(query, key, value, mask, scale)
 
     @staticmethod
@@ -226,8 +255,9 @@ class _Streaming(torch.autograd.Function):
         q, g = query.view(*split, -1), gradient.reshape(*split, -1)
         k, v = key[0].unsqueeze(1), value[0].unsqueeze(1)
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        follow = ctx.recorder.follows(ctx.tower)
-        row = ctx.recorder.row(ctx.tower, q.device) if follow else None
+        recorder, call = ctx.recorder, ctx.call
+        follow = recorder.follows(call.tower)
+        row = recorder.row(call.tower, q.device)[call.place] if follow else None
         change = torch.zeros(length, dtype=torch.float32, device=q.device)
         step = max(1, CHUNK_ELEMENTS // (split[1] * length * length))
         for part in (slice(start, start + step) for start in range(0, key_heads, step)):
@@ -238,7 +268,7 @@ class _Streaming(torch.autograd.Function):
                 relevancy = product.clamp_(min=0).sum((0, 1)).float()
                 change += row @ relevancy
         if row is not None:
-            ctx.recorder.add(ctx.tower, change / heads)
+            recorder.add(call, change / heads)
         shapes = (query, key, value)
         found = (grad.view(x.shape) for grad, x in zip(grads, shapes, strict=True))
         return *found, None, None, None, None

@@ -16,9 +16,10 @@ def run(args: argparse.Namespace) -> int:
     image = open_image(args.image)
     model, processor = load_model(args.model)
     from firsthand.modeling import explain
+    from firsthand.processing.generation import one_view
     from firsthand.processing.overlays import contact_sheet, heatmap
 
-    explanation = explain(model, processor, image, args.question, args.answer)
+    explanation = explain(model, one_view(processor), image, args.question, args.answer)
     out = Path(args.out)
     explanation.save(out)
     words = [explanation.word(i) for i in range(len(explanation.words))]

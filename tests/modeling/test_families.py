@@ -34,6 +34,7 @@ from firsthand.modeling.families import (
     image_mask,
     image_token_id,
     patch_grid,
+    patch_order,
     projector,
     steered_modules,
     unwrap,
@@ -100,20 +101,28 @@ def test_a_patch_moves_the_token_that_the_grid_names(family, vision):
     merge = family_of(model).merge(model.config)
     height, width = (4, 6) if family.startswith("qwen") else (4, 4)
     image = np.random.default_rng(0).integers(0, 100, (height * 14, width * 14, 3), dtype=np.uint8)
-    before = _features(family, model, image)
+    before, encoded = _features(family, model, image)
     rows, columns = height // merge, width // merge
     assert len(before) == rows * columns
+    order = patch_order(model.config, (rows, columns)).tolist()
+    assert sorted(order) == list(range(height * width))
     for row, column in [(0, 0), (1, 2), (3, 1), (2, 3)]:
         changed = image.copy()
         top, left = row * PATCH_SIZE, column * PATCH_SIZE
         changed[top : top + PATCH_SIZE, left : left + PATCH_SIZE] += 100
-        moved = (_features(family, model, changed) - before).abs().amax(-1) > 1e-6
-        assert moved.nonzero().flatten().tolist() == [(row // merge) * columns + column // merge]
+        after, moved = _features(family, model, changed)
+        assert _moved(after, before) == [(row // merge) * columns + column // merge]
+        prefix = vision_prefix_tokens(model.config)
+        assert _moved(moved, encoded) == [prefix + order.index(row * width + column)]
+
+
+def _moved(after, before):
+    return ((after - before).abs().amax(-1) > 1e-6).nonzero().flatten().tolist()
 
 
 @torch.no_grad()
 def _features(family, model, image):
-    """The image tokens of an image [H, W, 3] of exactly the model's patches."""
+    """Image tokens, and the encoder's, of an image [H, W, 3] of exactly the model's patches."""
     if family.startswith("qwen"):
         prepared = tiny_processor(family).image_processor(
             Image.fromarray(image), return_tensors="pt"
@@ -123,8 +132,10 @@ def _features(family, model, image):
         prepared = {
             "pixel_values": pixels[:, None] if hasattr(model.model, "connector") else pixels
         }
-    features = model.get_image_features(**prepared).pooler_output
-    return torch.cat(list(features)).reshape(-1, model.config.text_config.hidden_size)
+    found = model.get_image_features(**prepared)
+    features = torch.cat(list(found.pooler_output))
+    encoded = found.last_hidden_state.flatten(0, -2)
+    return features.reshape(-1, model.config.text_config.hidden_size), encoded
 
 
 @pytest.mark.parametrize("family", FIXED)

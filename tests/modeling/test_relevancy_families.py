@@ -1,0 +1,42 @@
+"""Relevancy of every family against the slow full-matrix rule over transformers' eager maps."""
+
+import pytest
+import torch
+from relevancy_oracle import oracle
+from tiny_models import TINY, tiny_image, tiny_processor, tiny_prompt
+
+from firsthand.modeling.families import FAMILIES
+from firsthand.modeling.relevancy import explain
+
+QUESTION = "What is in the image?"
+ANSWER = "a dog top left, a cup."
+GRIDS = {  # rows, columns and merge for the image of 80 x 60 pixels
+    "llava": (4, 4, 1),
+    "internvl": (2, 2, 2),
+    "qwen2_vl": (2, 3, 2),
+    "qwen2_5_vl": (2, 3, 2),
+    "idefics3": (2, 2, 2),
+    "smolvlm": (2, 2, 2),
+}
+
+
+def test_every_family_is_tested():
+    assert set(GRIDS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("backend", ["streaming", "eager"])
+@pytest.mark.parametrize("family", GRIDS)
+def test_it_equals_the_full_matrix_rule(family, backend):
+    model, processor, image = TINY[family](), tiny_processor(family), tiny_image(3)
+    found = explain(model, processor, image, QUESTION, ANSWER, backend=backend)
+    asked = tiny_prompt(processor, QUESTION)
+    prompt = len(processor(images=[[image]], text=[asked])["input_ids"][0])
+    *grid, merge = GRIDS[family]
+    rows = list(oracle(model, processor, image, QUESTION, ANSWER, tuple(grid), merge))
+    assert len(rows) == len(found.tokens) == len(found.selected)
+    for index, (row, tokens, patches) in enumerate(rows):
+        scale = row.max()
+        assert scale > 1e-4 and patches.max() > 1e-6
+        pairs = [(found.image, tokens), (found.answer_relevancy, row[prompt:])]
+        for ours, theirs in [*pairs, (found.patches, patches)]:
+            torch.testing.assert_close(ours[index], theirs, atol=1e-5 * float(scale), rtol=0)

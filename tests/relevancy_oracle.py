@@ -1,0 +1,126 @@
+"""The textbook relevancy of an answer's tokens: full matrices over transformers' own eager maps.
+
+It is what `explain` is compared with; it uses neither modeling/families.py nor our attention. The
+rule is that of Chefer et al. (arXiv 2103.15679): R = (I + A_bar_L) ... (I + A_bar_1).
+
+    for row, image_row, patch_map in oracle(model, processor, image, question, answer): ...
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tiny_models import tiny_prompt
+from torch import nn
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+TEXT = ("language_model", "text_model")
+VISION = ("vision_tower", "visual", "vision_model")
+Maps = dict[str, list[torch.Tensor]]  # of each attention module, by name: one map a call
+
+
+@contextmanager
+def eager_maps(model: nn.Module) -> Iterator[Maps]:
+    """Run `model` on transformers' eager attention and keep each module's maps [1, H, n, n]."""
+    names = {module: name for name, module in model.named_modules()}
+    maps: Maps = {}
+
+    def keeping(original):
+        def forward(module, *args, **kwargs):
+            output, weights = original(module, *args, **kwargs)
+            maps.setdefault(names[module], []).append(weights)
+            return output, weights
+
+        return forward
+
+    sources = {sys.modules[type(module).__module__] for module in names}
+    sources = [s for s in sources if "eager_attention_forward" in vars(s)]
+    originals = [s.eager_attention_forward for s in sources]
+    model.set_attn_implementation("eager")
+    try:
+        for source, original in zip(sources, originals, strict=True):
+            source.eager_attention_forward = keeping(original)
+        yield maps
+    finally:
+        for source, original in zip(sources, originals, strict=True):
+            source.eager_attention_forward = original
+
+
+def full_matrix(logit: torch.Tensor, maps: Maps, tower: tuple[str, ...]) -> torch.Tensor:
+    """R of one tower [n, n], from A_bar = mean over heads of clamp(A * dlogit/dA, 0) a module.
+
+    Maps of several calls (windows) are blocks on the diagonal.
+    """
+    total = None
+    for name, kept in maps.items():
+        if not set(tower) & set(name.split(".")):
+            continue
+        grads = torch.autograd.grad(logit, kept, retain_graph=True, allow_unused=True)
+        if grads[0] is None:  # a layer behind the one whose output is used
+            continue
+        bars = [(a * g)[0].clamp(min=0).mean(0) for a, g in zip(kept, grads, strict=True)]
+        layer = torch.block_diag(*bars)
+        total = torch.eye(len(layer)) if total is None else total
+        total = total + layer @ total
+    assert total is not None
+    return total.detach()
+
+
+def places(config, inputs: dict, grid: tuple[int, int]) -> torch.Tensor:
+    """The number (row by row) of the patch at each place of the vision encoder."""
+    if "image_grid_thw" not in inputs:
+        return torch.arange(grid[0] * grid[1])
+    vision, thw = config.vision_config, inputs["image_grid_thw"]
+    at = get_vision_position_ids(thw, vision.spatial_merge_size)
+    numbers = (at[:, 0] * grid[1] + at[:, 1]).view(-1, vision.spatial_merge_size**2)
+    if config.model_type == "qwen2_5_vl":
+        window, _ = get_vision_window_index(
+            thw, vision.spatial_merge_size, vision.window_size, vision.patch_size
+        )
+        numbers = numbers[window]
+    return numbers.flatten()
+
+
+def shares(tokens: torch.Tensor, merge: int) -> torch.Tensor:
+    """[R * m, C * m]: each image token's relevancy of [R, C] in equal shares on its patches."""
+    return torch.kron(tokens, torch.ones(merge, merge)) / merge**2
+
+
+def chained(
+    config, inputs: dict, tokens: torch.Tensor, merge: int, vision: torch.Tensor
+) -> torch.Tensor:
+    """Image tokens' relevancy [R, C] through R of the vision encoder to its patches [r, c]."""
+    first = shares(tokens, merge)
+    order = places(config, inputs, first.shape)
+    prefix = len(vision) - len(order)
+    row = first.flatten()[order] @ vision[prefix:, prefix:]
+    patches = torch.zeros(len(order))
+    patches[order] = row
+    return patches.view(first.shape)
+
+
+def oracle(model, processor, image, question: str, answer: str, grid: tuple[int, int], merge: int):
+    """Per answer token: its rows over the sequence, the image tokens [R, C] and the patches."""
+    inputs = dict(
+        processor(images=[[image]], text=[tiny_prompt(processor, question)], return_tensors="pt")
+    )
+    answer_ids = processor.tokenizer(answer, return_tensors="pt").input_ids
+    prompt = inputs["input_ids"].shape[1]
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            more = {"input_ids": answer_ids, "attention_mask": torch.ones_like(answer_ids)}
+            more = more.get(name, torch.zeros_like(answer_ids))
+            inputs[name] = torch.cat([inputs[name], more], 1)
+    inputs["pixel_values"] = inputs["pixel_values"].clone().requires_grad_()
+    with eager_maps(model) as maps:
+        logits = model(**inputs, use_cache=False).logits[0]
+    seen = inputs["input_ids"][0] == processor.image_token_id
+    for index, token in enumerate(answer_ids[0]):
+        at = prompt - 1 + index
+        logit = logits[at, token]
+        row = full_matrix(logit, maps, TEXT)[at]
+        row[at] -= 1
+        tokens = row[seen].view(grid)
+        vision = full_matrix(logit, maps, VISION)
+        yield row, tokens, chained(model.config, inputs, tokens, merge, vision)
