@@ -12,7 +12,7 @@ passes with it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -39,6 +39,8 @@ class Family:
             fixes one grid for all images.
         order: the patches' numbers (r * C + c on the image's grid of R x C patches) as they follow
             each other in the vision encoder; None where they go row by row.
+        mixes: whether image tokens mix the outputs of several layers of the vision encoder; then
+            relevancy is not carried through it.
         image_token: config field with the id of the image token.
     """
 
@@ -50,6 +52,7 @@ class Family:
     merge: Callable[[PreTrainedConfig], int]
     grids: Callable[[PreTrainedConfig, Mapping[str, Any]], list[Grid]] | None = None
     order: Callable[[PreTrainedConfig, Grid], torch.Tensor] | None = None
+    mixes: Callable[[PreTrainedConfig], bool] = lambda config: False
     image_token: str = "image_token_id"
 
 
@@ -63,6 +66,15 @@ class VisionTower:
 
 def _one_patch(config: PreTrainedConfig) -> int:
     return 1
+
+
+def _several_layers(config: PreTrainedConfig) -> bool:
+    return isinstance(config.vision_feature_layer, list)
+
+
+def _deepstack(config: PreTrainedConfig) -> bool:
+    """Qwen3-VL: early decoder layers add outputs of earlier encoder layers to the image tokens."""
+    return bool(config.vision_config.deepstack_visual_indexes)
 
 
 def _pixel_shuffle(config: PreTrainedConfig) -> int:
@@ -136,6 +148,7 @@ FAMILIES: dict[str, Family] = {
         vision_tower="vision_tower",
         projector="multi_modal_projector",
         merge=_one_patch,
+        mixes=_several_layers,
     ),
     "internvl": Family(
         model_type="internvl",
@@ -144,9 +157,11 @@ FAMILIES: dict[str, Family] = {
         vision_tower="vision_tower",
         projector="multi_modal_projector",
         merge=_pixel_shuffle,
+        mixes=_several_layers,
     ),
     "qwen2_vl": _qwen("qwen2_vl", _by_blocks),
     "qwen2_5_vl": _qwen("qwen2_5_vl", _by_windows),
+    "qwen3_vl": replace(_qwen("qwen3_vl", _by_blocks), mixes=_deepstack),
     "idefics3": _idefics3("idefics3"),
     "smolvlm": _idefics3("smolvlm"),
 }
@@ -168,6 +183,7 @@ VISION_TOWERS: dict[str, VisionTower] = {
     "internvl_vision": VisionTower("encoder.layer", prefix_tokens=1),
     "qwen2_vl_vision": VisionTower("blocks", prefix_tokens=0),
     "qwen2_5_vl_vision": VisionTower("blocks", prefix_tokens=0),
+    "qwen3_vl_vision": VisionTower("blocks", prefix_tokens=0),
     "idefics3_vision": VisionTower("encoder.layers", prefix_tokens=0),
     "smolvlm_vision": VisionTower("encoder.layers", prefix_tokens=0),
 }
@@ -179,6 +195,7 @@ STEERED_MODULES: dict[str, str] = {
     "qwen3": "mlp",
     "qwen2_vl_text": "mlp",
     "qwen2_5_vl_text": "mlp",
+    "qwen3_vl_text": "mlp",
 }
 
 

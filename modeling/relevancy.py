@@ -224,7 +224,7 @@ def _spread(
 
     A merger shares a token's relevancy equally among the patches that it merges.
     """
-    if isinstance(config.to_dict().get("vision_feature_layer"), list):
+    if family_of(config).mixes(config):
         return None
     return partial(
         spread_over_patches,

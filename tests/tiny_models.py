@@ -8,9 +8,9 @@ Both run in milliseconds and answer nonsense; they are for identities and shapes
 LLaVA: CLIP (56 px, 14 px patches) -> 4 x 4 image tokens. InternVL: its own encoder (same sizes, the
 architecture of DINOv2) -> pixel shuffle 0.5 -> 2 x 2 image tokens of 2 x 2 patches. (InternVLConfig
 reads any other vision config back as its own, so that is the only one whose checkpoints reload.)
-Qwen2-VL and Qwen2.5-VL keep the image's shape: 80 x 60 pixels are 2 x 3 tokens. Idefics3 and
-SmolVLM squash it to 2 x 2 tokens. Text: 2 layers, hidden size 32, 4 query and 2 key heads. The
-tokenizer is a byte-level BPE, so any text round-trips.
+The Qwen-VLs keep the image's shape: 80 x 60 pixels are 2 x 3 tokens. Idefics3 and SmolVLM squash
+it to 2 x 2 tokens. Text: 2 layers, hidden size 32, 4 query and 2 key heads. The tokenizer is a
+byte-level BPE, so any text round-trips.
 """
 
 from functools import cache, partial
@@ -226,8 +226,8 @@ def tiny_internvl(cls=InternVLForConditionalGeneration, seed: int = 0, **config)
 
 
 def tiny_qwen(family: str = "qwen2_5_vl", seed: int = 0, layers: int = 2):
-    """A random Qwen2-VL or Qwen2.5-VL in eval mode, 14 px patches merged 2 x 2."""
-    text = _text_config("qwen2", layers, tie=False).to_dict()
+    """A random Qwen2-VL, Qwen2.5-VL or Qwen3-VL in eval mode, 14 px patches merged 2 x 2."""
+    text = _text_config(family.split("_")[0], layers, tie=False).to_dict()
     text.pop("model_type"), text.pop("layer_types", None)
     text["rope_parameters"] = {
         "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]
@@ -237,7 +237,11 @@ def tiny_qwen(family: str = "qwen2_5_vl", seed: int = 0, layers: int = 2):
         vision = dict(embed_dim=32, hidden_size=32, mlp_ratio=2, **sizes)
     else:
         vision = dict(hidden_size=32, out_hidden_size=32, intermediate_size=48, **sizes)
-        vision |= dict(window_size=56, fullatt_block_indexes=[2])
+        own = {
+            "qwen2_5_vl": dict(window_size=56, fullatt_block_indexes=[2]),
+            "qwen3_vl": dict(num_position_embeddings=16, deepstack_visual_indexes=[0]),
+        }
+        vision |= own[family]
     image, start = (tiny_tokenizer().convert_tokens_to_ids(t) for t in ("<image>", "<|im_start|>"))
     config = AutoConfig.for_model(
         family, text_config=text, vision_config=vision, image_token_id=image,
@@ -269,6 +273,7 @@ TINY = {
     "internvl": tiny_internvl,
     "qwen2_vl": partial(tiny_qwen, "qwen2_vl"),
     "qwen2_5_vl": partial(tiny_qwen, "qwen2_5_vl"),
+    "qwen3_vl": partial(tiny_qwen, "qwen3_vl"),
     "idefics3": partial(tiny_idefics3, "idefics3"),
     "smolvlm": partial(tiny_idefics3, "smolvlm"),
 }

@@ -79,6 +79,7 @@ PLACES = [
     ("internvl", "internvl_vision"),
     ("qwen2_vl", "qwen2_vl_vision"),
     ("qwen2_5_vl", "qwen2_5_vl_vision"),
+    ("qwen3_vl", "qwen3_vl_vision"),
     ("idefics3", "idefics3_vision"),
     ("smolvlm", "smolvlm_vision"),
 ]

@@ -109,7 +109,7 @@ MOVES = {
     "lora": r"(language|text)_model.*lora_|modules_to_save",
     "projector": r"projector|merger|connector|vision_head",
 }
-FROZEN = r"vision_tower|vision_model|visual\.(patch|blocks|merger\.ln_q$)"
+FROZEN = r"vision_tower|vision_model|visual\.(patch|blocks|deepstack|merger\.ln_q$)"
 
 
 @pytest.mark.parametrize("train", sorted(MOVES))
