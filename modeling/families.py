@@ -11,6 +11,7 @@ A new family is one row in `FAMILIES` (and, for a new vision encoder or text mod
 passes with it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -89,6 +90,11 @@ def _scale_factor(config: PreTrainedConfig) -> int:
     return config.scale_factor
 
 
+def _pooled(config: PreTrainedConfig) -> int:
+    """Gemma 3: the mean of a square of patches is one token."""
+    return patch_grid(config)[0] // math.isqrt(config.mm_tokens_per_image)
+
+
 def _thw_grids(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[Grid]:
     """Qwen: every image keeps its shape, and `image_grid_thw` counts its patches."""
     if "image_grid_thw" not in inputs:
@@ -162,6 +168,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": _qwen("qwen2_vl", _by_blocks),
     "qwen2_5_vl": _qwen("qwen2_5_vl", _by_windows),
     "qwen3_vl": replace(_qwen("qwen3_vl", _by_blocks), mixes=_deepstack),
+    "gemma3": Family(
+        model_type="gemma3",
+        language_model="language_model",
+        layers="language_model.layers",
+        vision_tower="vision_tower",
+        projector="multi_modal_projector",
+        merge=_pooled,
+    ),
     "idefics3": _idefics3("idefics3"),
     "smolvlm": _idefics3("smolvlm"),
 }
@@ -196,6 +210,7 @@ STEERED_MODULES: dict[str, str] = {
     "qwen2_vl_text": "mlp",
     "qwen2_5_vl_text": "mlp",
     "qwen3_vl_text": "mlp",
+    "gemma3_text": "post_feedforward_layernorm",
 }
 
 

@@ -115,7 +115,7 @@ def oracle(model, processor, image, question: str, answer: str, grid: tuple[int,
     inputs["pixel_values"] = inputs["pixel_values"].clone().requires_grad_()
     with eager_maps(model) as maps:
         logits = model(**inputs, use_cache=False).logits[0]
-    seen = inputs["input_ids"][0] == processor.image_token_id
+    seen = inputs["input_ids"][0] == processor.tokenizer.image_token_id
     for index, token in enumerate(answer_ids[0]):
         at = prompt - 1 + index
         logit = logits[at, token]

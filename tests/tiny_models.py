@@ -9,8 +9,8 @@ LLaVA: CLIP (56 px, 14 px patches) -> 4 x 4 image tokens. InternVL: its own enco
 architecture of DINOv2) -> pixel shuffle 0.5 -> 2 x 2 image tokens of 2 x 2 patches. (InternVLConfig
 reads any other vision config back as its own, so that is the only one whose checkpoints reload.)
 The Qwen-VLs keep the image's shape: 80 x 60 pixels are 2 x 3 tokens. Idefics3 and SmolVLM squash
-it to 2 x 2 tokens. Text: 2 layers, hidden size 32, 4 query and 2 key heads. The tokenizer is a
-byte-level BPE, so any text round-trips.
+it to 2 x 2 tokens, Gemma 3 pools it to as many. Text: 2 layers, hidden size 32, 4 query and 2 key
+heads. The tokenizer is a byte-level BPE, so any text round-trips.
 """
 
 from functools import cache, partial
@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Gemma3Processor,
     Idefics3Processor,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -34,6 +35,7 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -41,6 +43,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 IMAGE_SIZE, PATCH_SIZE = 56, 14
 SPECIAL_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>", "<image>"]
 FAKE_TOKENS = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]  # of Idefics3
+FRAME_TOKENS = {"boi_token": "<boi>", "eoi_token": "<eoi>"}  # of Gemma 3
 CORPUS = [
     "a dog top left, a cup center.",
     "a cat top right, a car bottom left, a tree bottom right.",
@@ -75,14 +78,14 @@ def _bpe() -> str:
     return tokenizer.to_str()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most 360 tokens with chat markers; left padding."""
+def tiny_tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most 360 tokens, chat markers and further `tokens`; left padding."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_bpe()),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": "<image>", **tokens},
         padding_side="left",
     )
 
@@ -113,6 +116,12 @@ def tiny_processor(family: str = "llava"):
         )
         return Idefics3Processor(
             image_processor, tiny_tokenizer(), image_seq_len=4, chat_template=CHAT_TEMPLATE
+        )
+    if family == "gemma3":
+        image_processor = Gemma3ImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+        template = CHAT_TEMPLATE.replace("<image>", "<boi>")
+        return Gemma3Processor(
+            image_processor, tiny_tokenizer(**FRAME_TOKENS), template, image_seq_length=4
         )
     merged = {"llava": 1, "internvl": 2}[family]
     image_processor = CLIPImageProcessorPil(
@@ -209,7 +218,7 @@ def _build(cls, config, seed: int):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith(
-            ("position_embeddings", "cls_token")
+            ("position_embeddings", "cls_token", "mm_input_projection_weight")
         ):  # zeros, as transformers starts them
             parameter.normal_(std=0.2, generator=generator)
     return model
@@ -268,12 +277,32 @@ def tiny_idefics3(family: str = "idefics3", seed: int = 0, layers: int = 2):
     return _build(AutoModelForImageTextToText.from_config, config, seed)
 
 
+def tiny_gemma3(seed: int = 0, layers: int = 2, sliding_window: int = 512):
+    """A random Gemma 3 in eval mode: 4 x 4 patches pooled to 2 x 2; every other layer slides."""
+    text = _text_config("gemma3_text", layers, tie=False).to_dict()
+    text |= dict(vocab_size=400, query_pre_attn_scalar=8, sliding_window=sliding_window)
+    text["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+    tokens = ["<image>", *FRAME_TOKENS.values()]
+    image, start, end = tiny_tokenizer(**FRAME_TOKENS).convert_tokens_to_ids(tokens)
+    vision = dict(
+        model_type="siglip_vision_model", hidden_size=24, intermediate_size=48,
+        num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
+    )  # fmt: skip
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4,
+        tie_word_embeddings=False,
+        image_token_index=image, boi_token_index=start, eoi_token_index=end,
+    )  # fmt: skip
+    return _build(AutoModelForImageTextToText.from_config, config, seed)
+
+
 TINY = {
     "llava": tiny_llava,
     "internvl": tiny_internvl,
     "qwen2_vl": partial(tiny_qwen, "qwen2_vl"),
     "qwen2_5_vl": partial(tiny_qwen, "qwen2_5_vl"),
     "qwen3_vl": partial(tiny_qwen, "qwen3_vl"),
+    "gemma3": tiny_gemma3,
     "idefics3": partial(tiny_idefics3, "idefics3"),
     "smolvlm": partial(tiny_idefics3, "smolvlm"),
 }

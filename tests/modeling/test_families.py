@@ -80,6 +80,7 @@ PLACES = [
     ("qwen2_vl", "qwen2_vl_vision"),
     ("qwen2_5_vl", "qwen2_5_vl_vision"),
     ("qwen3_vl", "qwen3_vl_vision"),
+    ("gemma3", "siglip_vision_model"),
     ("idefics3", "idefics3_vision"),
     ("smolvlm", "smolvlm_vision"),
 ]
@@ -196,7 +197,7 @@ def test_image_tokens(family):
     grids = image_grids(model.config, inputs)
     assert mask.dtype == torch.bool and mask.shape == inputs["input_ids"].shape
     assert mask.sum(1).tolist() == [rows * columns for rows, columns in grids]
-    assert image_token_id(model.config) == processor.image_token_id
+    assert image_token_id(model.config) == processor.tokenizer.image_token_id
     assert projector(model) in set(model.base_model.modules())
     last = int(mask[0].nonzero().max())
     inputs["input_ids"] = inputs["input_ids"][:, :last]  # cut in the middle of the image

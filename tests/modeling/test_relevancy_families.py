@@ -1,9 +1,11 @@
 """Relevancy of every family against the slow full-matrix rule over transformers' eager maps."""
 
+from functools import partial
+
 import pytest
 import torch
 from relevancy_oracle import oracle
-from tiny_models import TINY, tiny_image, tiny_processor, tiny_prompt
+from tiny_models import TINY, tiny_gemma3, tiny_image, tiny_processor, tiny_prompt
 
 from firsthand.modeling.families import FAMILIES
 from firsthand.modeling.relevancy import explain
@@ -16,9 +18,11 @@ GRIDS = {  # rows, columns and merge for the image of 80 x 60 pixels
     "qwen2_vl": (2, 3, 2),
     "qwen2_5_vl": (2, 3, 2),
     "qwen3_vl": (2, 3, 2),
+    "gemma3": (2, 2, 2),
     "idefics3": (2, 2, 2),
     "smolvlm": (2, 2, 2),
 }
+MODELS = TINY | {"gemma3": partial(tiny_gemma3, sliding_window=8)}  # shorter than the prompt
 UNCHAINED = {"qwen3_vl"}  # its image tokens mix several layers of the vision encoder
 
 
@@ -29,7 +33,7 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize("backend", ["streaming", "eager"])
 @pytest.mark.parametrize("family", GRIDS)
 def test_it_equals_the_full_matrix_rule(family, backend):
-    model, processor, image = TINY[family](), tiny_processor(family), tiny_image(3)
+    model, processor, image = MODELS[family](), tiny_processor(family), tiny_image(3)
     found = explain(model, processor, image, QUESTION, ANSWER, backend=backend)
     asked = tiny_prompt(processor, QUESTION)
     prompt = len(processor(images=[[image]], text=[asked])["input_ids"][0])
