@@ -42,6 +42,8 @@ class Family:
             each other in the vision encoder; None where they go row by row.
         mixes: whether image tokens mix the outputs of several layers of the vision encoder; then
             relevancy is not carried through it.
+        answer_type: what `token_type_ids` say of an answer's tokens. 1 where 0 means a prompt that
+            is read in both directions.
         image_token: config field with the id of the image token.
     """
 
@@ -54,6 +56,7 @@ class Family:
     grids: Callable[[PreTrainedConfig, Mapping[str, Any]], list[Grid]] | None = None
     order: Callable[[PreTrainedConfig, Grid], torch.Tensor] | None = None
     mixes: Callable[[PreTrainedConfig], bool] = lambda config: False
+    answer_type: int = 0
     image_token: str = "image_token_id"
 
 
@@ -176,6 +179,15 @@ FAMILIES: dict[str, Family] = {
         projector="multi_modal_projector",
         merge=_pooled,
     ),
+    "paligemma": Family(
+        model_type="paligemma",
+        language_model="language_model",
+        layers="language_model.layers",
+        vision_tower="vision_tower",
+        projector="multi_modal_projector",
+        merge=_one_patch,
+        answer_type=1,
+    ),
     "idefics3": _idefics3("idefics3"),
     "smolvlm": _idefics3("smolvlm"),
 }
@@ -210,6 +222,7 @@ STEERED_MODULES: dict[str, str] = {
     "qwen2_vl_text": "mlp",
     "qwen2_5_vl_text": "mlp",
     "qwen3_vl_text": "mlp",
+    "gemma": "mlp",
     "gemma3_text": "post_feedforward_layernorm",
 }
 
@@ -255,6 +268,17 @@ def family_of(model_or_config: nn.Module | PreTrainedConfig) -> Family:
     if model_type in REFUSED:
         raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}.")
     return _row(FAMILIES, model_type, "model type", "FAMILIES")
+
+
+def check_causal(model_or_config: nn.Module | PreTrainedConfig, what: str) -> None:
+    """Raise ValueError where a prompt is read in both directions: `what` would look ahead."""
+    family = family_of(model_or_config)
+    if family.answer_type:
+        raise ValueError(
+            f"{what} does not cover {family.model_type!r}: it reads its prompt in both directions, "
+            "so an answer inside it would be read by the tokens that predict it. explain and "
+            "attach_steering do."
+        )
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

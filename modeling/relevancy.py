@@ -39,8 +39,6 @@ from .families import (
 )
 from .relevancy_attention import Backend, Recorder, recording
 
-TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 0 marks ordinary text
-
 
 def explain(
     model: nn.Module,
@@ -92,7 +90,7 @@ def explain(
 def _inputs(
     model: PreTrainedModel, processor: ProcessorMixin, image: Any, question: str
 ) -> BatchFeature:
-    """What the processor makes of the prompt, one row, on the model's device in its dtype."""
+    """What the model reads of the prompt, one row, on the model's device in its dtype."""
     if processor.chat_template is None:
         raise ValueError("The processor has no chat template. Set processor.chat_template first.")
     content: Any = [{"type": "image"}, {"type": "text", "text": question}]
@@ -100,6 +98,7 @@ def _inputs(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
     inputs = processor(images=[[image.convert("RGB")]], text=[prompt], return_tensors="pt")
+    inputs.pop("labels", None)
     return inputs.to(model.device, model.dtype)
 
 
@@ -171,7 +170,7 @@ def _rows(
     backend: Backend,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Rows over the sequence [S, n] and over the patches [S, m] or None; probabilities [A]."""
-    given = _with_answer(inputs, answer_ids)
+    given = _with_answer(inputs, answer_ids, family_of(model).answer_type)
     given["pixel_values"] = pixels = given["pixel_values"].clone().requires_grad_()
     ids, count = given["input_ids"], len(answer_ids)
     positions = torch.arange(ids.shape[1] - 1 - count, ids.shape[1] - 1, device=ids.device)
@@ -196,11 +195,15 @@ def _rows(
     return torch.stack(text), torch.stack(vision) if vision else None, probability
 
 
-def _with_answer(inputs: BatchFeature, answer_ids: list[int]) -> dict[str, Any]:
+def _with_answer(inputs: BatchFeature, answer_ids: list[int], answer_type: int) -> dict[str, Any]:
     """The prepared inputs, as long as prompt and answer together."""
     answer = inputs["input_ids"].new_tensor([answer_ids])
-    longer = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
-    longer |= {name: torch.zeros_like(answer) for name in TOKEN_TYPES}
+    longer = {
+        "input_ids": answer,
+        "attention_mask": torch.ones_like(answer),
+        "mm_token_type_ids": torch.zeros_like(answer),
+        "token_type_ids": torch.full_like(answer, answer_type),
+    }
     return dict(inputs) | {
         name: torch.cat([inputs[name], more], 1) for name, more in longer.items() if name in inputs
     }

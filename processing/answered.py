@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from firsthand.modeling.explanation import token_spans, tokens_within
-from firsthand.modeling.families import unwrap
+from firsthand.modeling.families import check_causal, unwrap
 from firsthand.processing.generation import build_prompt, prepare_inputs
 
 
@@ -56,8 +56,10 @@ def forced(model: nn.Module, processor: Any, image: Any, question: str, answer: 
         question, answer: the texts; spaces around the answer may be dropped by the template.
 
     Raises:
-        ValueError: for an empty answer, or where the template or tokenizer does not keep it.
+        ValueError: for an empty answer, a model that reads its prompt in both directions, or where
+            the template or tokenizer does not keep the answer.
     """
+    check_causal(model, "reading an answer behind its prompt")
     if not answer.strip():
         raise ValueError("the answer is empty")
     before, text = build_prompt(processor, question), _conversation(processor, question, answer)
@@ -94,6 +96,7 @@ def generated(
     Raises:
         ValueError: when the answer is empty.
     """
+    check_causal(model, "reading an answer behind its prompt")
     inner: Any = unwrap(model)
     inputs = prepare_inputs(processor, [{"image": image, "question": question}])
     inputs = inputs.to(inner.device, inner.dtype)

@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from firsthand.modeling.families import Grid, family_of, image_grid, image_grids, image_token_id
+from firsthand.modeling.families import (
+    Grid,
+    check_causal,
+    family_of,
+    image_grid,
+    image_grids,
+    image_token_id,
+)
 from firsthand.processing.masks import Frame, decode, frame_of, patch_coverage
 
 IGNORE = -100
@@ -83,6 +90,7 @@ class VisionLabelCollator:
                 raise ValueError(f"{name} is {value!r}; it must be one of {get_args(kind)}")
         if frame is not None and frame not in get_args(Frame):
             raise ValueError(f"frame is {frame!r}; it must be one of {get_args(Frame)}")
+        check_causal(config, "vision modeling")
         if family_of(config).grids is None:
             image_grid(config)
         if processor.chat_template is None:

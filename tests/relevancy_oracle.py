@@ -109,9 +109,13 @@ def oracle(model, processor, image, question: str, answer: str, grid: tuple[int,
     prompt = inputs["input_ids"].shape[1]
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in inputs:
-            more = {"input_ids": answer_ids, "attention_mask": torch.ones_like(answer_ids)}
+            ones = torch.ones_like(answer_ids)
+            more = {"input_ids": answer_ids, "attention_mask": ones}
+            if model.config.model_type == "paligemma":
+                more["token_type_ids"] = ones  # read from left to right, unlike the prompt
             more = more.get(name, torch.zeros_like(answer_ids))
             inputs[name] = torch.cat([inputs[name], more], 1)
+    inputs.pop("labels", None)
     inputs["pixel_values"] = inputs["pixel_values"].clone().requires_grad_()
     with eager_maps(model) as maps:
         logits = model(**inputs, use_cache=False).logits[0]

@@ -31,6 +31,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
 )
@@ -38,6 +39,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 IMAGE_SIZE, PATCH_SIZE = 56, 14
@@ -123,6 +125,10 @@ def tiny_processor(family: str = "llava"):
         return Gemma3Processor(
             image_processor, tiny_tokenizer(**FRAME_TOKENS), template, image_seq_length=4
         )
+    if family == "paligemma":
+        image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+        image_processor.image_seq_length = 16
+        return PaliGemmaProcessor(image_processor, tiny_tokenizer(), chat_template=CHAT_TEMPLATE)
     merged = {"llava": 1, "internvl": 2}[family]
     image_processor = CLIPImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -296,6 +302,22 @@ def tiny_gemma3(seed: int = 0, layers: int = 2, sliding_window: int = 512):
     return _build(AutoModelForImageTextToText.from_config, config, seed)
 
 
+def tiny_paligemma(seed: int = 0, layers: int = 2):
+    """A random PaliGemma (of Gemma 1) in eval mode: 4 x 4 image tokens."""
+    processor = tiny_processor("paligemma")
+    text = _text_config("gemma", layers, tie=False).to_dict()
+    vision = dict(
+        model_type="siglip_vision_model", hidden_size=24, intermediate_size=48,
+        num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
+    )  # fmt: skip
+    config = AutoConfig.for_model(
+        "paligemma", text_config=text | {"vocab_size": len(processor.tokenizer)},
+        vision_config=vision, image_token_index=processor.image_token_id, projection_dim=32,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return _build(AutoModelForImageTextToText.from_config, config, seed)
+
+
 TINY = {
     "llava": tiny_llava,
     "internvl": tiny_internvl,
@@ -306,6 +328,8 @@ TINY = {
     "idefics3": partial(tiny_idefics3, "idefics3"),
     "smolvlm": partial(tiny_idefics3, "smolvlm"),
 }
+
+PARTIAL = {"paligemma": tiny_paligemma}  # explained and steered, but without vision modeling
 
 
 def tiny_image(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import (
+    PARTIAL,
     PATCH_SIZE,
     TINY,
     tiny_inputs,
@@ -27,6 +28,7 @@ from firsthand.modeling.families import (
     FAMILIES,
     STEERED_MODULES,
     VISION_TOWERS,
+    check_causal,
     decoder_layers,
     family_of,
     image_grid,
@@ -42,6 +44,7 @@ from firsthand.modeling.families import (
     vision_prefix_tokens,
 )
 
+MODELS = TINY | PARTIAL
 FIXED = [name for name, family in FAMILIES.items() if family.grids is None]
 ATTENTION_OUTPUTS = (
     "out_proj",
@@ -54,7 +57,7 @@ ATTENTION_OUTPUTS = (
 
 def _model(family: str, vision: str):
     if family != "llava":
-        return TINY[family]()
+        return MODELS[family]()
     config = tiny_llava_config()
     if vision != "clip_vision_model":
         config.vision_config = AutoConfig.for_model(
@@ -81,13 +84,14 @@ PLACES = [
     ("qwen2_5_vl", "qwen2_5_vl_vision"),
     ("qwen3_vl", "qwen3_vl_vision"),
     ("gemma3", "siglip_vision_model"),
+    ("paligemma", "siglip_vision_model"),
     ("idefics3", "idefics3_vision"),
     ("smolvlm", "smolvlm_vision"),
 ]
 
 
 def test_every_row_is_tested():
-    assert {family for family, _ in PLACES} == set(FAMILIES) == set(TINY)
+    assert {family for family, _ in PLACES} == set(FAMILIES) == set(MODELS)
     assert {vision for _, vision in PLACES} == set(VISION_TOWERS)
 
 
@@ -142,7 +146,7 @@ def _features(family, model, image):
 
 @pytest.mark.parametrize("family", FIXED)
 def test_fixed_grids(family):
-    config = TINY[family]().config
+    config = MODELS[family]().config
     merge, (rows, columns) = family_of(config).merge(config), image_grid(config)
     assert (rows * merge, columns * merge) == patch_grid(config) == (4, 4)
 
@@ -162,14 +166,14 @@ TEXTS += [("internvl", text) for text in ("llama", "mistral", "qwen2", "qwen3")]
 
 
 def test_every_text_model_is_tested():
-    types = {text or TINY[family]().config.text_config.model_type for family, text in TEXTS}
+    types = {text or MODELS[family]().config.text_config.model_type for family, text in TEXTS}
     assert types == set(STEERED_MODULES)
 
 
 @pytest.mark.parametrize(("family", "text"), TEXTS)
 def test_steered_modules_write_into_the_residual_stream(family, text):
     """A shift of a steered module's output is a shift of its layer's output: no norm in between."""
-    model = TINY[family](text=text) if text else TINY[family]()
+    model = MODELS[family](text=text) if text else MODELS[family]()
     inputs = tiny_inputs(tiny_processor(family))
     shift = torch.linspace(-1, 1, 32)
     plain = _layer_output(model, inputs)
@@ -191,7 +195,7 @@ def _layer_output(model, inputs):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_image_tokens(family):
-    model, processor = TINY[family](), tiny_processor(family)
+    model, processor = MODELS[family](), tiny_processor(family)
     inputs = tiny_inputs(processor, ["What?", "Is there a dog in the image?"])
     mask = image_mask(model, inputs["input_ids"])
     grids = image_grids(model.config, inputs)
@@ -223,6 +227,14 @@ def test_works_through_wrappers():
     assert unwrap(wrapped) is model and unwrap(torch.compile(model)) is model
     assert decoder_layers(wrapped) is decoder_layers(model)
     assert family_of(wrapped).model_type == "llava"
+
+
+def test_only_a_prompt_of_one_direction_is_causal():
+    for family in MODELS:
+        if family != "paligemma":
+            check_causal(MODELS[family]().config, "anything")
+    with pytest.raises(ValueError, match="anything does not cover 'paligemma'"):
+        check_causal(MODELS["paligemma"](), "anything")
 
 
 def test_an_unknown_family_is_refused_with_the_remedy():

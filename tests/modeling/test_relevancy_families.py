@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from relevancy_oracle import oracle
-from tiny_models import TINY, tiny_gemma3, tiny_image, tiny_processor, tiny_prompt
+from tiny_models import PARTIAL, TINY, tiny_gemma3, tiny_image, tiny_processor, tiny_prompt
 
 from firsthand.modeling.families import FAMILIES
 from firsthand.modeling.relevancy import explain
@@ -19,10 +19,12 @@ GRIDS = {  # rows, columns and merge for the image of 80 x 60 pixels
     "qwen2_5_vl": (2, 3, 2),
     "qwen3_vl": (2, 3, 2),
     "gemma3": (2, 2, 2),
+    "paligemma": (4, 4, 1),
     "idefics3": (2, 2, 2),
     "smolvlm": (2, 2, 2),
 }
-MODELS = TINY | {"gemma3": partial(tiny_gemma3, sliding_window=8)}  # shorter than the prompt
+# Gemma 3's windows are shorter than the prompt here
+MODELS = TINY | PARTIAL | {"gemma3": partial(tiny_gemma3, sliding_window=8)}
 UNCHAINED = {"qwen3_vl"}  # its image tokens mix several layers of the vision encoder
 
 
@@ -49,3 +51,21 @@ def test_it_equals_the_full_matrix_rule(family, backend):
             pairs.append((found.patches, patches))
         for ours, theirs in pairs:
             torch.testing.assert_close(ours[index], theirs, atol=1e-5 * float(scale), rtol=0)
+
+
+@pytest.mark.parametrize("family", GRIDS)
+def test_an_answer_is_read_as_it_was_generated(family):
+    """Position ids, masks and token types of the answer are those of decoding step by step."""
+    model, processor, image = MODELS[family](), tiny_processor(family), tiny_image(3)
+    found = explain(model, processor, image, QUESTION, max_new_tokens=6, tokens=[0])
+    inputs = processor(
+        images=[[image]], text=[tiny_prompt(processor, QUESTION)], return_tensors="pt"
+    )
+    inputs.pop("labels", None)
+    said = model.generate(
+        **inputs, max_new_tokens=6, output_logits=True, return_dict_in_generate=True
+    )
+    assert len(found.token_ids) >= 3
+    for index, token in enumerate(found.token_ids):
+        expected = said.logits[index][0].softmax(-1)[token]
+        torch.testing.assert_close(found.probability[index], expected, atol=1e-5, rtol=1e-4)

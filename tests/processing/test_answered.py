@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import TINY, tiny_image, tiny_processor
+from tiny_models import PARTIAL, TINY, tiny_image, tiny_processor
 
 from firsthand.processing.answered import forced, generated
 
@@ -25,6 +25,14 @@ def test_tokens_are_found_by_their_characters(family):
     assert asked.producers([0]) == [asked.first - 1]
     with torch.no_grad():
         assert model(**asked.inputs).logits.shape[1] == len(ids)
+
+
+def test_a_prompt_that_is_read_in_both_directions_is_refused():
+    model, processor = PARTIAL["paligemma"](), tiny_processor("paligemma")
+    with pytest.raises(ValueError, match="'paligemma'.*both directions"):
+        forced(model, processor, tiny_image(), "What is it?", ANSWER)
+    with pytest.raises(ValueError, match="'paligemma'.*both directions"):
+        generated(model, processor, tiny_image(), "What is it?")
 
 
 @given(st.text(alphabet="adogcup ,.", min_size=1, max_size=30).filter(str.strip))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from tiny_models import (
+    PARTIAL,
     TINY,
     tiny_image,
     tiny_llava_config,
@@ -180,6 +181,11 @@ def test_another_models_processor_is_refused():
     collator = VisionLabelCollator(tiny_processor("internvl"), tiny_llava_config())
     with pytest.raises(ValueError, match=r"4 image tokens, which are not those of grids.*4, 4"):
         collator([sample_of(expression("dog", 0, 0, 9, 9))])
+
+
+def test_a_prompt_that_is_read_in_both_directions_is_refused():
+    with pytest.raises(ValueError, match="vision modeling does not cover 'paligemma'"):
+        VisionLabelCollator(tiny_processor("paligemma"), PARTIAL["paligemma"]().config)
 
 
 def test_split_images_are_refused():
