@@ -62,10 +62,12 @@ class WordRelevancy:
         What the vision encoder adds to the patches is as in `patches`; only the equal shares within
         each merged token are interpolated (bicubic, >= 0). Measure with `map`, not with this.
         """
-        if self.patches is None or self.patches.shape == self.image.shape:
+        if self.patches is None:
             return self.map
         size = self.patches.shape
         rows, columns = (a // b for a, b in zip(size, self.image.shape, strict=True))
+        if rows != columns or rows == 1:  # a Q-Former's queries, or one token a patch
+            return self.map
         shares = self.image / (rows * columns)
         blocks = shares.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         faded = interpolate(shares[None, None], size=tuple(size), mode="bicubic")[0, 0]
@@ -86,7 +88,7 @@ class Explanation:
         spans: A (start, end) characters of each token in `answer`.
         selected: S indices of the explained answer tokens; rows below are in this order.
         question_tokens: the text of each of the Q tokens of the question, spaces included.
-        image: [S, R, C] relevancy to the R x C image tokens.
+        image: [S, R, C] relevancy to the R x C image tokens ([S, 1, Q] to a Q-Former's queries).
         patches: [S, r, c] the same carried through the vision encoder to its patches, or None where
             the encoder's outputs of several layers are mixed.
         question_relevancy: [S, Q].

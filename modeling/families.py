@@ -32,7 +32,7 @@ class Family:
     Attributes:
         model_type: the `config.model_type` this row serves.
         language_model: path of the text decoder.
-        layers: path of the list of decoder layers.
+        layers: path of the list of decoder layers, or one path for each type of text model.
         vision_tower: path of the vision encoder.
         projector: path of what turns the encoder's outputs into image tokens.
         merge: patches on each side of the square that one image token stands for.
@@ -42,6 +42,7 @@ class Family:
             each other in the vision encoder; None where they go row by row.
         mixes: whether image tokens mix the outputs of several layers of the vision encoder; then
             relevancy is not carried through it.
+        qformer: path of the list of layers of a Q-Former, whose queries are then the image tokens.
         answer_type: what `token_type_ids` say of an answer's tokens. 1 where 0 means a prompt that
             is read in both directions.
         image_token: config field with the id of the image token.
@@ -49,13 +50,14 @@ class Family:
 
     model_type: str
     language_model: str
-    layers: str
+    layers: str | Mapping[str, str]
     vision_tower: str
     projector: str
     merge: Callable[[PreTrainedConfig], int]
     grids: Callable[[PreTrainedConfig, Mapping[str, Any]], list[Grid]] | None = None
     order: Callable[[PreTrainedConfig, Grid], torch.Tensor] | None = None
     mixes: Callable[[PreTrainedConfig], bool] = lambda config: False
+    qformer: str | None = None
     answer_type: int = 0
     image_token: str = "image_token_id"
 
@@ -149,6 +151,21 @@ def _idefics3(model_type: str) -> Family:
     )
 
 
+def _blip(model_type: str) -> Family:
+    return Family(
+        model_type=model_type,
+        language_model="language_model",
+        layers={
+            "llama": "language_model.model.layers",
+            "opt": "language_model.model.decoder.layers",
+        },
+        vision_tower="vision_model",
+        projector="language_projection",
+        merge=_one_patch,
+        qformer="qformer.encoder.layer",
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(
         model_type="llava",
@@ -190,6 +207,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "idefics3": _idefics3("idefics3"),
     "smolvlm": _idefics3("smolvlm"),
+    "blip-2": _blip("blip-2"),
+    "instructblip": _blip("instructblip"),
 }
 
 Q_FORMER = (
@@ -197,9 +216,7 @@ Q_FORMER = (
     "place in it, so there is nothing to label, and no grid to draw"
 )
 REFUSED: dict[str, str] = {
-    "blip-2": Q_FORMER,
-    "instructblip": Q_FORMER,
-    "instructblipvideo": Q_FORMER,
+    "instructblipvideo": "it reads the frames of a video, and everything here reads one image",
 }
 
 VISION_TOWERS: dict[str, VisionTower] = {
@@ -210,6 +227,8 @@ VISION_TOWERS: dict[str, VisionTower] = {
     "qwen2_vl_vision": VisionTower("blocks", prefix_tokens=0),
     "qwen2_5_vl_vision": VisionTower("blocks", prefix_tokens=0),
     "qwen3_vl_vision": VisionTower("blocks", prefix_tokens=0),
+    "blip_2_vision_model": VisionTower("encoder.layers", prefix_tokens=1),
+    "instructblip_vision_model": VisionTower("encoder.layers", prefix_tokens=1),
     "idefics3_vision": VisionTower("encoder.layers", prefix_tokens=0),
     "smolvlm_vision": VisionTower("encoder.layers", prefix_tokens=0),
 }
@@ -223,6 +242,7 @@ STEERED_MODULES: dict[str, str] = {
     "qwen2_5_vl_text": "mlp",
     "qwen3_vl_text": "mlp",
     "gemma": "mlp",
+    "opt": "fc2",
     "gemma3_text": "post_feedforward_layernorm",
 }
 
@@ -283,8 +303,12 @@ def check_causal(model_or_config: nn.Module | PreTrainedConfig, what: str) -> No
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The layers of the text decoder, first to last."""
-    layers = unwrap(model).base_model.get_submodule(family_of(model).layers)
-    return cast(nn.ModuleList, layers)
+    family = family_of(model)
+    path = family.layers
+    if not isinstance(path, str):
+        text, where = _config(model).text_config.model_type, f"layers of {family.model_type!r}"
+        path = _row(dict(path), text, "text model", where)
+    return cast(nn.ModuleList, unwrap(model).base_model.get_submodule(path))
 
 
 def steered_modules(model: nn.Module) -> list[nn.Module]:
@@ -298,6 +322,14 @@ def vision_layers(model: nn.Module) -> nn.ModuleList:
     """The layers of the vision encoder, first to last (also those whose output is not used)."""
     tower = unwrap(model).base_model.get_submodule(family_of(model).vision_tower)
     return cast(nn.ModuleList, tower.get_submodule(_vision_row(_config(model)).layers))
+
+
+def qformer_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of the Q-Former, first to last; empty where there is none."""
+    path = family_of(model).qformer
+    if path is None:
+        return nn.ModuleList()
+    return cast(nn.ModuleList, unwrap(model).base_model.get_submodule(path))
 
 
 def vision_prefix_tokens(config: PreTrainedConfig) -> int:
@@ -338,6 +370,7 @@ def image_grid(config: PreTrainedConfig) -> Grid:
             lie on one (a CLS token is among them, or the patches cannot be merged evenly).
     """
     family, vision = family_of(config), _vision_row(config)
+    _check_places(family)
     if family.grids is not None:
         raise ValueError(
             f"{family.model_type!r} gives every image a grid of its own shape: prepare the image "
@@ -388,9 +421,11 @@ def image_grids(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[Gri
             tiles of a split image count as images of their own.
 
     Raises:
-        ValueError: when the image tokens in input_ids are not those of whole grids.
+        ValueError: when the image tokens in input_ids are not those of whole grids, or have no
+            places at all.
     """
     family = family_of(config)
+    _check_places(family)
     tokens = int((torch.as_tensor(inputs["input_ids"]) == image_token_id(config)).sum())
     if family.grids is not None:
         grids = family.grids(config, inputs)
@@ -404,6 +439,11 @@ def image_grids(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[Gri
             "image size and token count belong to it, and do not truncate."
         )
     return grids
+
+
+def _check_places(family: Family) -> None:
+    if family.qformer is not None:
+        raise ValueError(f"{family.model_type!r} has no grid of image tokens: {Q_FORMER}.")
 
 
 def _vision_row(config: PreTrainedConfig) -> VisionTower:

@@ -32,12 +32,15 @@ from .families import (
     family_of,
     image_grids,
     image_mask,
+    patch_grid,
     patch_order,
+    qformer_layers,
     unwrap,
     vision_layers,
     vision_prefix_tokens,
 )
 from .relevancy_attention import Backend, Recorder, recording
+from .relevancy_qformer import query_relevancy
 
 
 def explain(
@@ -103,7 +106,9 @@ def _inputs(
 
 
 def _grid(config: PreTrainedConfig, inputs: BatchFeature) -> Grid:
-    """Rows and columns of the image's tokens."""
+    """Rows and columns of the image's tokens; those of a Q-Former stand in one row."""
+    if family_of(config).qformer is not None:
+        return 1, config.num_query_tokens
     grids = image_grids(config, inputs)
     if len(grids) != 1:
         raise ValueError(
@@ -175,24 +180,41 @@ def _rows(
     ids, count = given["input_ids"], len(answer_ids)
     positions = torch.arange(ids.shape[1] - 1 - count, ids.shape[1] - 1, device=ids.device)
     answer = ids[0, -count:, None]
-    prefix, order = vision_prefix_tokens(model.config), patch_order(model.config, grid)
     image = image_mask(model, ids)[0].cpu()
     recorder = Recorder(model, _spread(model.config, image, grid), backend)
     text, vision = [], []
-    with recording(model, recorder):
+    with recording(model, recorder), _queries(model) as queries:
         logits = model(**given, use_cache=False, logits_to_keep=positions).logits[0]
         emitted = logits.gather(1, answer)[:, 0]
         for index in selected:
             at = int(positions[index])
             recorder.begin(at, ids.shape[1])
-            torch.autograd.grad(emitted[index], pixels, retain_graph=True)
+            torch.autograd.grad(emitted[index], [pixels, *queries], retain_graph=True)
             row = recorder.rows["text"].cpu()
             row[at] -= 1
             text.append(_finite(row, model.dtype))
-            if recorder.spread is not None:
-                vision.append(_raster(recorder.rows["vision"].cpu()[prefix:], order))
+            patches = _patches(model, recorder, row[image], grid)
+            if patches is not None:
+                vision.append(patches)
     probability = logits.detach().float().softmax(-1).gather(1, answer)[:, 0].cpu()
     return torch.stack(text), torch.stack(vision) if vision else None, probability
+
+
+@contextmanager
+def _queries(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """What enters a Q-Former, as a tensor that needs gradients: the image decides nothing of it."""
+    entered: list[torch.Tensor] = []
+
+    def enter(layer: nn.Module, args: tuple) -> tuple:
+        entered.append(args[0].detach().requires_grad_())
+        return entered[0], *args[1:]
+
+    handles = [layer.register_forward_pre_hook(enter) for layer in qformer_layers(model)[:1]]
+    try:
+        yield entered
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _with_answer(inputs: BatchFeature, answer_ids: list[int], answer_type: int) -> dict[str, Any]:
@@ -209,9 +231,30 @@ def _with_answer(inputs: BatchFeature, answer_ids: list[int], answer_type: int) 
     }
 
 
-def _raster(row: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """A row over the encoder's patches, put row by row as they lie on the image."""
-    return torch.empty_like(row).index_copy_(0, order, row)
+def _patches(
+    model: PreTrainedModel, recorder: Recorder, image: torch.Tensor, grid: Grid
+) -> torch.Tensor | None:
+    """The finished relevancy of the patches [r, c], from that of the image tokens, [R * C]."""
+    config = model.config
+    shape, order = _patch_grid(config, grid)
+    if recorder.keeps:
+        (vision, layers) = (recorder.kept(f(model)) for f in (vision_layers, qformer_layers))
+        row = image @ query_relevancy([bar for (bar,) in vision], layers)
+    elif recorder.spread is not None:
+        row = recorder.rows["vision"].cpu()
+    else:
+        return None
+    row = row[vision_prefix_tokens(config) :]
+    return torch.empty_like(row).index_copy_(0, order, row).view(shape)
+
+
+def _patch_grid(config: PreTrainedConfig, grid: Grid) -> tuple[Grid, torch.Tensor]:
+    """The grid of the patches behind a grid of image tokens, and their order in the encoder."""
+    family = family_of(config)
+    if family.qformer is not None:
+        grid = patch_grid(config)
+    merge = family.merge(config)
+    return (grid[0] * merge, grid[1] * merge), patch_order(config, grid)
 
 
 def _finite(row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -227,13 +270,14 @@ def _spread(
 
     A merger shares a token's relevancy equally among the patches that it merges.
     """
-    if family_of(config).mixes(config):
+    family = family_of(config)
+    if family.qformer is not None or family.mixes(config):
         return None
     return partial(
         spread_over_patches,
         image=image,
         grid=grid,
-        merge=family_of(config).merge(config),
+        merge=family.merge(config),
         prefix=vision_prefix_tokens(config),
         order=patch_order(config, grid),
     )
@@ -281,7 +325,6 @@ def _explanation(
     answer, spans = token_spans(tokenizer, answer_ids)
     asked, pieces = _question(tokenizer, prompt, image_mask(model, prompt), question)
     image = text[:, : len(prompt)][:, image_mask(model, prompt)]
-    merge = family_of(model).merge(model.config)
     return Explanation(
         question=question,
         answer=answer,
@@ -291,7 +334,7 @@ def _explanation(
         selected=selected,
         question_tokens=pieces,
         image=image.view(-1, *grid),
-        patches=None if vision is None else vision.view(-1, grid[0] * merge, grid[1] * merge),
+        patches=vision,
         question_relevancy=text[:, asked],
         answer_relevancy=text[:, len(prompt) :],
         probability=probability,

@@ -13,7 +13,7 @@ the row is carried through backward, which meets the layers in the needed order:
         recorder.begin(position, length); torch.autograd.grad(logits[0, position, token], pixels)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from .families import decoder_layers, vision_layers
+from .families import decoder_layers, qformer_layers, vision_layers
 
 Backend = Literal["streaming", "eager"]
 NAME = "firsthand_relevancy"
@@ -34,8 +34,9 @@ CHUNK_ELEMENTS = 2**22  # of one recomputed piece of attention maps, 16 MB in fl
 
 
 class Call(NamedTuple):
-    """One call of an attention module: its tower and the part of the sequence that it sees."""
+    """One call of an attention module, its tower and the part of the sequence that it sees."""
 
+    module: nn.Module
     tower: str
     place: slice
 
@@ -43,10 +44,12 @@ class Call(NamedTuple):
 class Recorder:
     """The relevancy rows of one explained token, moved down layer by layer during its backward.
 
+    Below a Q-Former no row can be moved (relevancy_qformer.py): there the averaged maps are kept.
+
     Args:
         model: the model (not a wrapper), to know whose attention is called.
         spread: turns the finished row over the sequence, [n], into the first row over the vision
-            encoder's tokens, [m]; None leaves the vision encoder out.
+            encoder's tokens, [m]; None leaves the vision encoder out, unless a Q-Former reads it.
         backend: "streaming" recomputes maps in backward, "eager" lets autograd keep them.
     """
 
@@ -57,9 +60,12 @@ class Recorder:
         backend: Backend,
     ):
         towers = {"text": decoder_layers(model), "vision": vision_layers(model)}
+        towers["qformer"] = qformer_layers(model)
+        self.keeps = len(towers["qformer"]) > 0
         self.tower_of = {m: tower for tower, layers in towers.items() for m in layers.modules()}
         self.spread, self.backend = spread, backend
         self.rows: dict[str, torch.Tensor] = {}
+        self.bars: dict[nn.Module, torch.Tensor] = {}
         self.ends: dict[nn.Module, int] = {}
 
     def place(self, module: nn.Module, length: int) -> slice:
@@ -75,6 +81,12 @@ class Recorder:
         """Start over: all relevancy lies at `position` of a sequence of `length`."""
         self.rows = {"text": torch.zeros(length, dtype=torch.float32)}
         self.rows["text"][position] = 1
+        self.bars = {}
+
+    def start(self, call: Call, device: torch.device) -> torch.Tensor | None:
+        """What A_bar of this call is multiplied with: its row [n], or None where it is kept."""
+        moves = call.tower == "text" or not self.keeps
+        return self.row(call.tower, device)[call.place] if moves else None
 
     def row(self, tower: str, device: torch.device) -> torch.Tensor:
         """The present row of a tower, float32 [n]; the vision encoder's starts when first asked."""
@@ -93,12 +105,19 @@ class Recorder:
         return row
 
     def add(self, call: Call, change: torch.Tensor) -> None:
-        """r += r A_bar at the place of one call; the caller computed the product, `change`."""
-        self.row(call.tower, change.device)[call.place] += change
+        """r += `change` = r A_bar at the place of one call, or keep `change` = A_bar itself."""
+        if change.ndim == 1:
+            self.row(call.tower, change.device)[call.place] += change
+        else:
+            self.bars[call.module] = change.cpu()
+
+    def kept(self, layers: Iterable[nn.Module]) -> list[list[torch.Tensor]]:
+        """A_bar of each layer's attention modules, in the order in which they are defined."""
+        return [[self.bars[m] for m in layer.modules() if m in self.bars] for layer in layers]
 
     def follows(self, tower: str) -> bool:
         """Whether rows are propagated through this tower."""
-        return tower == "text" or self.spread is not None
+        return tower == "text" or self.keeps or self.spread is not None
 
 
 _ACTIVE: ContextVar[Recorder | None] = ContextVar("firsthand_recorder", default=None)
@@ -149,7 +168,7 @@ def relevancy_attention(
         output = _plain(query, key, value, attention_mask, scale)
     else:
         tower = _tower(recorder, module, query, key, attention_mask, kwargs)
-        call = Call(tower, recorder.place(module, query.shape[2]))
+        call = Call(module, tower, recorder.place(module, query.shape[2]))
         if recorder.backend == "streaming":
             output = _Streaming.apply(query, key, value, attention_mask, scale, recorder, call)
         else:
@@ -172,7 +191,7 @@ def _tower(
     if module not in recorder.tower_of:
         raise ValueError(f"{name} lies outside the decoder and the vision encoder; cannot explain.")
     tower = recorder.tower_of[module]
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+    if query.shape[0] != 1 or (query.shape[2] != key.shape[2] and tower != "qformer"):
         raise ValueError(
             f"{name} got queries {tuple(query.shape)} and keys {tuple(key.shape)}; relevancy needs "
             "self-attention of one sequence and one image (no tiles or cached keys)."
@@ -219,8 +238,8 @@ def _eager(
 
     def move_row(gradient: torch.Tensor) -> None:
         relevancy = (kept * gradient).clamp(min=0).mean(1)[0].float()
-        row = recorder.row(call.tower, relevancy.device)[call.place]
-        recorder.add(call, row @ relevancy)
+        row = recorder.start(call, relevancy.device)
+        recorder.add(call, relevancy if row is None else row @ relevancy)
 
     if recorder.follows(call.tower):
         weights.register_hook(move_row)
@@ -250,24 +269,25 @@ class _Streaming(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
         heads, length = query.shape[1:3]
-        key_heads = key.shape[1]
+        key_heads, keys = key.shape[1:3]
         split = (key_heads, heads // key_heads, length)
         q, g = query.view(*split, -1), gradient.reshape(*split, -1)
         k, v = key[0].unsqueeze(1), value[0].unsqueeze(1)
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         recorder, call = ctx.recorder, ctx.call
-        follow = recorder.follows(call.tower)
-        row = recorder.row(call.tower, q.device)[call.place] if follow else None
-        change = torch.zeros(length, dtype=torch.float32, device=q.device)
-        step = max(1, CHUNK_ELEMENTS // (split[1] * length * length))
+        follows = recorder.follows(call.tower)
+        row = recorder.start(call, q.device) if follows else None
+        size = (length, keys) if row is None else (keys,)
+        change = torch.zeros(size, dtype=torch.float32, device=q.device)
+        step = max(1, CHUNK_ELEMENTS // (split[1] * length * keys))
         for part in (slice(start, start + step) for start in range(0, key_heads, step)):
             pieces, product = _backward(q[part], k[part], v[part], g[part], mask, ctx.scale)
             for whole, piece in zip(grads, pieces, strict=True):
                 whole[part] = piece
-            if row is not None:
+            if follows:
                 relevancy = product.clamp_(min=0).sum((0, 1)).float()
-                change += row @ relevancy
-        if row is not None:
+                change += relevancy if row is None else row @ relevancy
+        if follows:
             recorder.add(call, change / heads)
         shapes = (query, key, value)
         found = (grad.view(x.shape) for grad, x in zip(grads, shapes, strict=True))

@@ -100,8 +100,46 @@ def chained(
     return patches.view(first.shape)
 
 
-def oracle(model, processor, image, question: str, answer: str, grid: tuple[int, int], merge: int):
-    """Per answer token: its rows over the sequence, the image tokens [R, C] and the patches."""
+def averaged(logit: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
+    """A_bar of a module that was called once."""
+    (weights,) = kept
+    (grad,) = torch.autograd.grad(logit, [weights], retain_graph=True)
+    return (weights * grad)[0].clamp(min=0).mean(0).detach()
+
+
+def normalised(relevancy: torch.Tensor) -> torch.Tensor:
+    """Equations 8 and 9, row by row; a row to which nothing was added stays the identity's."""
+    result = torch.eye(len(relevancy))
+    for i, row in enumerate(relevancy - torch.eye(len(relevancy))):
+        if row.sum() > 0:
+            result[i] += row / row.sum()
+    return result
+
+
+def queried(logit: torch.Tensor, maps: Maps, tokens: torch.Tensor) -> torch.Tensor:
+    """Queries' relevancy [Q] through the Q-Former and the vision encoder to its 4 x 4 patches."""
+    image = full_matrix(logit, maps, VISION)
+    bars = {name: averaged(logit, kept) for name, kept in maps.items() if "qformer" in name}
+    size = len(bars["qformer.encoder.layer.0.attention.attention"])
+    own, seen = torch.eye(size), torch.zeros(size, len(image))
+    for index in range(sum(name.endswith(".attention.attention") for name in bars)):
+        bar = bars[f"qformer.encoder.layer.{index}.attention.attention"]
+        own, seen = own + bar @ own, seen + bar @ seen
+        cross = bars.get(f"qformer.encoder.layer.{index}.crossattention.attention")
+        if cross is not None:
+            whole = torch.zeros(size, len(image))  # an instruction's tokens do not look at it
+            whole[: len(cross)] = cross
+            seen = seen + normalised(own).T @ whole @ normalised(image)
+    return (tokens @ seen[: len(tokens)])[1:].view(4, 4)
+
+
+def oracle(
+    model, processor, image, question: str, answer: str, grid: tuple[int, int], merge: int | None
+):
+    """Per answer token: its rows over the sequence, the image tokens [R, C] and the patches.
+
+    `merge` is None where the image tokens are a Q-Former's queries.
+    """
     inputs = dict(
         processor(images=[[image]], text=[tiny_prompt(processor, question)], return_tensors="pt")
     )
@@ -119,12 +157,15 @@ def oracle(model, processor, image, question: str, answer: str, grid: tuple[int,
     inputs["pixel_values"] = inputs["pixel_values"].clone().requires_grad_()
     with eager_maps(model) as maps:
         logits = model(**inputs, use_cache=False).logits[0]
-    seen = inputs["input_ids"][0] == processor.tokenizer.image_token_id
+    seen = inputs["input_ids"][0] == model.config.image_token_id
     for index, token in enumerate(answer_ids[0]):
         at = prompt - 1 + index
         logit = logits[at, token]
         row = full_matrix(logit, maps, TEXT)[at]
         row[at] -= 1
         tokens = row[seen].view(grid)
-        vision = full_matrix(logit, maps, VISION)
-        yield row, tokens, chained(model.config, inputs, tokens, merge, vision)
+        if merge is None:
+            yield row, tokens, queried(logit, maps, tokens[0])
+        else:
+            vision = full_matrix(logit, maps, VISION)
+            yield row, tokens, chained(model.config, inputs, tokens, merge, vision)

@@ -22,9 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    Blip2Processor,
     CLIPVisionConfig,
     Gemma3Processor,
     Idefics3Processor,
+    InstructBlipProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -35,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -45,7 +48,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 IMAGE_SIZE, PATCH_SIZE = 56, 14
 SPECIAL_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>", "<image>"]
 FAKE_TOKENS = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]  # of Idefics3
-FRAME_TOKENS = {"boi_token": "<boi>", "eoi_token": "<eoi>"}  # of Gemma 3
+GEMMA_TOKENS = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
 CORPUS = [
     "a dog top left, a cup center.",
     "a cat top right, a car bottom left, a tree bottom right.",
@@ -81,13 +84,16 @@ def _bpe() -> str:
 
 
 def tiny_tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most 360 tokens, chat markers and further `tokens`; left padding."""
+    """A byte-level BPE of at most 360 tokens with chat markers; left padding.
+
+    `tokens` are its named special ones, image_token="<image>" unless given.
+    """
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_bpe()),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>", **tokens},
+        extra_special_tokens=tokens or {"image_token": "<image>"},
         padding_side="left",
     )
 
@@ -123,12 +129,14 @@ def tiny_processor(family: str = "llava"):
         image_processor = Gemma3ImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
         template = CHAT_TEMPLATE.replace("<image>", "<boi>")
         return Gemma3Processor(
-            image_processor, tiny_tokenizer(**FRAME_TOKENS), template, image_seq_length=4
+            image_processor, tiny_tokenizer(**GEMMA_TOKENS), template, image_seq_length=4
         )
     if family == "paligemma":
         image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
         image_processor.image_seq_length = 16
         return PaliGemmaProcessor(image_processor, tiny_tokenizer(), chat_template=CHAT_TEMPLATE)
+    if family in ("blip-2", "instructblip"):
+        return _blip_processor(family)
     merged = {"llava": 1, "internvl": 2}[family]
     image_processor = CLIPImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -143,6 +151,18 @@ def tiny_processor(family: str = "llava"):
         num_additional_image_tokens=0,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def _blip_processor(family: str):
+    """It puts the queries' tokens before the prompt itself, and has no chat template of its own."""
+    image_processor = BlipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    plain = partial(tiny_tokenizer, query_token="<image>")  # its token is not called image_token
+    if family == "blip-2":
+        processor = Blip2Processor(image_processor, plain(), num_query_tokens=6)
+    else:
+        processor = InstructBlipProcessor(image_processor, plain(), plain(), num_query_tokens=6)
+    processor.chat_template = CHAT_TEMPLATE.replace("<image>\n", "")
+    return processor
 
 
 def _text_config(model_type: str, layers: int, tie: bool) -> AutoConfig:
@@ -224,7 +244,7 @@ def _build(cls, config, seed: int):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith(
-            ("position_embeddings", "cls_token", "mm_input_projection_weight")
+            ("position_embeddings", "cls_token", "query_tokens", "mm_input_projection_weight")
         ):  # zeros, as transformers starts them
             parameter.normal_(std=0.2, generator=generator)
     return model
@@ -288,8 +308,8 @@ def tiny_gemma3(seed: int = 0, layers: int = 2, sliding_window: int = 512):
     text = _text_config("gemma3_text", layers, tie=False).to_dict()
     text |= dict(vocab_size=400, query_pre_attn_scalar=8, sliding_window=sliding_window)
     text["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
-    tokens = ["<image>", *FRAME_TOKENS.values()]
-    image, start, end = tiny_tokenizer(**FRAME_TOKENS).convert_tokens_to_ids(tokens)
+    tokenizer = tiny_tokenizer(**GEMMA_TOKENS)
+    image, start, end = tokenizer.convert_tokens_to_ids(list(GEMMA_TOKENS.values()))
     vision = dict(
         model_type="siglip_vision_model", hidden_size=24, intermediate_size=48,
         num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
@@ -329,7 +349,38 @@ TINY = {
     "smolvlm": partial(tiny_idefics3, "smolvlm"),
 }
 
-PARTIAL = {"paligemma": tiny_paligemma}  # explained and steered, but without vision modeling
+
+def tiny_blip(family: str = "blip-2", seed: int = 0, layers: int = 2):
+    """A random BLIP-2 (of OPT) or InstructBLIP (of Llama) in eval mode: 6 queries of 4 x 4 patches.
+
+    In its Q-Former's 3 layers the first and the last look at the image.
+    """
+    tokenizer = tiny_tokenizer()
+    if family == "blip-2":
+        text = dict(
+            model_type="opt", vocab_size=len(tokenizer), hidden_size=32, ffn_dim=48, dropout=0.0,
+            num_hidden_layers=layers, num_attention_heads=4, word_embed_proj_dim=32, init_std=0.2,
+            max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    else:
+        text = _text_config("llama", layers, tie=False).to_dict()
+    sizes = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    qformer = dict(vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.2)
+    config = AutoConfig.for_model(
+        family, text_config=text, num_query_tokens=6, initializer_range=0.2,
+        vision_config=dict(image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **sizes),
+        qformer_config=dict(cross_attention_frequency=2, **sizes, **qformer),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    return _build(AutoModelForImageTextToText.from_config, config, seed)
+
+
+PARTIAL = {  # explained and steered, but without vision modeling
+    "paligemma": tiny_paligemma,
+    "blip-2": partial(tiny_blip, "blip-2"),
+    "instructblip": partial(tiny_blip, "instructblip"),
+}
 
 
 def tiny_image(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:

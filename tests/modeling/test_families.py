@@ -19,9 +19,9 @@ from torch import nn
 from transformers import (
     AutoConfig,
     BertConfig,
-    Blip2Config,
-    InstructBlipConfig,
+    InstructBlipVideoConfig,
     LlavaForConditionalGeneration,
+    T5Config,
 )
 
 from firsthand.modeling.families import (
@@ -38,6 +38,7 @@ from firsthand.modeling.families import (
     patch_grid,
     patch_order,
     projector,
+    qformer_layers,
     steered_modules,
     unwrap,
     vision_layers,
@@ -45,7 +46,9 @@ from firsthand.modeling.families import (
 )
 
 MODELS = TINY | PARTIAL
-FIXED = [name for name, family in FAMILIES.items() if family.grids is None]
+QUERIES = ("blip-2", "instructblip")  # a Q-Former's, without places in the image
+PLACED = sorted(set(MODELS) - set(QUERIES))
+FIXED = [name for name in PLACED if FAMILIES[name].grids is None]
 ATTENTION_OUTPUTS = (
     "out_proj",
     "projection_layer",
@@ -91,8 +94,9 @@ PLACES = [
 
 
 def test_every_row_is_tested():
-    assert {family for family, _ in PLACES} == set(FAMILIES) == set(MODELS)
-    assert {vision for _, vision in PLACES} == set(VISION_TOWERS)
+    assert {family for family, _ in PLACES} | set(QUERIES) == set(FAMILIES) == set(MODELS)
+    queried = {MODELS[family]().config.vision_config.model_type for family in QUERIES}
+    assert {vision for _, vision in PLACES} | queried == set(VISION_TOWERS)
 
 
 @pytest.mark.parametrize(("family", "vision"), PLACES)
@@ -193,7 +197,7 @@ def _layer_output(model, inputs):
     return kept[0][0] if isinstance(kept[0], tuple) else kept[0]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", PLACED)
 def test_image_tokens(family):
     model, processor = MODELS[family](), tiny_processor(family)
     inputs = tiny_inputs(processor, ["What?", "Is there a dog in the image?"])
@@ -244,10 +248,29 @@ def test_an_unknown_family_is_refused_with_the_remedy():
         unwrap(nn.Linear(1, 1))
 
 
-def test_families_without_places_are_refused_with_the_reason():
-    for config in (Blip2Config(), InstructBlipConfig()):
-        with pytest.raises(ValueError, match="queries of a Q-Former"):
-            family_of(config)
+@pytest.mark.parametrize("family", QUERIES)
+def test_queries_have_no_places(family):
+    model, processor = MODELS[family](), tiny_processor(family)
+    inputs = tiny_inputs(processor)
+    assert int(image_mask(model, inputs["input_ids"]).sum()) == model.config.num_query_tokens == 6
+    assert projector(model) is model.language_projection
+    assert len(qformer_layers(model)) == 3 and not len(qformer_layers(tiny_llava()))
+    with torch.no_grad():
+        encoded = model.vision_model(inputs["pixel_values"]).last_hidden_state.shape[1]
+    assert encoded == vision_prefix_tokens(model.config) + 16 and patch_grid(model.config) == (4, 4)
+    with pytest.raises(ValueError, match="queries of a Q-Former"):
+        image_grids(model.config, inputs)
+    with pytest.raises(ValueError, match="queries of a Q-Former"):
+        image_grid(model.config)
+
+
+def test_what_cannot_be_served_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="'instructblipvideo' is not supported.*frames of a video"):
+        family_of(InstructBlipVideoConfig())
+    seq2seq = MODELS["blip-2"]()
+    seq2seq.config.text_config = T5Config()
+    with pytest.raises(ValueError, match="text model 't5' is not supported; supported: llama, opt"):
+        decoder_layers(seq2seq)
 
 
 def test_image_tokens_with_a_class_token_are_no_grid():
