@@ -215,7 +215,13 @@ Q_FORMER = (
     "its image tokens are the queries of a Q-Former, which look at the whole image: none has a "
     "place in it, so there is nothing to label, and no grid to draw"
 )
+TILES = (
+    "it shows one image as a base view and as tiles of it, with newline tokens between, so its "
+    "image tokens overlap the image twice and lie on no one grid"
+)
 REFUSED: dict[str, str] = {
+    "llava_next": TILES,
+    "llava_onevision": TILES,
     "instructblipvideo": "it reads the frames of a video, and everything here reads one image",
 }
 

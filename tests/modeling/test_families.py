@@ -1,5 +1,8 @@
 """Every row of the families table against an oracle that does not use the table's knowledge."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from tiny_models import (
     PARTIAL,
     PATCH_SIZE,
     TINY,
+    tiny_image,
     tiny_inputs,
     tiny_internvl,
     tiny_llava,
@@ -20,7 +24,10 @@ from transformers import (
     AutoConfig,
     BertConfig,
     InstructBlipVideoConfig,
+    LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
     T5Config,
 )
 
@@ -44,6 +51,7 @@ from firsthand.modeling.families import (
     vision_layers,
     vision_prefix_tokens,
 )
+from firsthand.modeling.relevancy import explain
 
 MODELS = TINY | PARTIAL
 QUERIES = ("blip-2", "instructblip")  # a Q-Former's, without places in the image
@@ -224,6 +232,35 @@ def test_grids_follow_the_image():
         image_grid(model.config)
 
 
+class MyConfig(LlavaConfig):
+    model_type = "my_llava"
+
+
+class MyModel(LlavaForConditionalGeneration):
+    config_class = MyConfig
+
+
+def test_a_row_is_all_that_a_new_family_needs(monkeypatch):
+    """The block of docs/your_own_model.md, on a family that nothing else knows."""
+    page = Path(__file__).parents[2] / "docs" / "your_own_model.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+    settings = tiny_llava_config().to_dict()
+    settings.pop("model_type")
+    torch.manual_seed(0)
+    model = MyModel(MyConfig(**settings)).eval()
+    with pytest.raises(ValueError, match="'my_llava' is not supported.*row into FAMILIES"):
+        decoder_layers(model)
+    monkeypatch.setitem(FAMILIES, "my_llava", FAMILIES["llava"])  # so that the row goes afterwards
+    del FAMILIES["my_llava"]
+    names = {"model": model, "processor": tiny_processor("llava"), "image": tiny_image(3)}
+    exec(compile(block, page.name, "exec"), names)
+    plain, steered = names["explanation"], names["steered"]
+    assert plain.patches.shape[1:] == (4, 4) and float(plain.patches.max()) > 0
+    assert not torch.allclose(steered.probability, plain.probability, rtol=1e-4)
+    again = explain(model, names["processor"], names["image"], "What is in the image?", "a dog")
+    assert torch.equal(again.probability, plain.probability)
+
+
 def test_works_through_wrappers():
     peft = pytest.importorskip("peft")
     model = tiny_llava()
@@ -267,6 +304,9 @@ def test_queries_have_no_places(family):
 def test_what_cannot_be_served_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="'instructblipvideo' is not supported.*frames of a video"):
         family_of(InstructBlipVideoConfig())
+    for config in (LlavaNextConfig(), LlavaOnevisionConfig()):
+        with pytest.raises(ValueError, match=f"{config.model_type}.*base view and as tiles"):
+            family_of(config)
     seq2seq = MODELS["blip-2"]()
     seq2seq.config.text_config = T5Config()
     with pytest.raises(ValueError, match="text model 't5' is not supported; supported: llama, opt"):

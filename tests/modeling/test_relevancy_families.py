@@ -9,6 +9,7 @@ from tiny_models import PARTIAL, TINY, tiny_gemma3, tiny_image, tiny_processor, 
 
 from firsthand.modeling.families import FAMILIES
 from firsthand.modeling.relevancy import explain
+from firsthand.modeling.steering import SteeringVector, attach_steering
 
 QUESTION = "What is in the image?"
 ANSWER = "a dog top left, a cup."
@@ -72,3 +73,13 @@ def test_an_answer_is_read_as_it_was_generated(family):
     for index, token in enumerate(found.token_ids):
         expected = said.logits[index][0].softmax(-1)[token]
         torch.testing.assert_close(found.probability[index], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", GRIDS)
+def test_steering_is_in_force(family):
+    model, processor = MODELS[family](), tiny_processor(family)
+    ask = partial(explain, model, processor, tiny_image(3), QUESTION, ANSWER, tokens=[0])
+    plain = ask().probability
+    with attach_steering(model, SteeringVector({0: torch.linspace(-1, 1, 32)}), strength=2.0):
+        assert float((ask().probability / plain).log().abs().max()) > 1e-2
+    assert torch.equal(ask().probability, plain)
