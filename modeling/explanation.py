@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,9 +22,15 @@ from transformers import PreTrainedTokenizerBase
 
 WEIGHTS_NAME, CONFIG_NAME = "explanation.safetensors", "explanation.json"
 TEXTS = (
-    "question", "answer", "tokens", "token_ids", "spans", "selected", "question_tokens",
+    "question", "answer", "tokens", "token_ids", "spans", "selected", "question_tokens", "baseline",
+    "lens_raw", "lens_normed",
 )  # fmt: skip
-TENSORS = ("image", "patches", "question_relevancy", "answer_relevancy", "probability")
+TENSORS = (
+    "image", "patches", "question_relevancy", "answer_relevancy", "probability", "image_layers",
+    "question_layers", "answer_layers", "lens_raw_probability", "lens_normed_probability",
+    "log_likelihood_ratio",
+)  # fmt: skip
+Contribution = Literal["sum", "mean", "max"]
 WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
@@ -39,6 +45,7 @@ class WordRelevancy:
         image, patches, question: as in `Explanation`, without the first dimension.
         visual_contribution: image share of its relevancy, 0 to 1; low = not supported by the image.
         probability: of all its tokens together, 0 to 1.
+        log_likelihood_ratio: of all its tokens together, nats; None without a baseline.
     """
 
     text: str
@@ -49,6 +56,7 @@ class WordRelevancy:
     question: torch.Tensor
     visual_contribution: float
     probability: float
+    log_likelihood_ratio: float | None = None
 
     @property
     def map(self) -> torch.Tensor:
@@ -94,6 +102,18 @@ class Explanation:
         question_relevancy: [S, Q].
         answer_relevancy: [S, A]; zero at and after the token itself.
         probability: [A] of each emitted token, 0 to 1.
+
+    With `layers`, else None (L decoder layers; relevancy with the gradients of the final logit):
+        image_layers, question_layers, answer_layers: [S, L, R, C], [S, L, Q] and [S, L, A], the
+            three relevancies after each layer; the last is the one above.
+        lens_raw, lens_normed: [L + 1][A] texts of the tokens that the state before the first layer
+            and after each layer would say, read without and with the final norm.
+        lens_raw_probability, lens_normed_probability: [L + 1, A] of these tokens, 0 to 1.
+
+    With a baseline, else None:
+        baseline: what the image was compared with: "blank", "blur" or "noise".
+        log_likelihood_ratio: [A] log-probability of each token with the image minus with the
+            baseline, nats; high = the image made the model say it (VaLSe, arXiv 2505.17812).
     """
 
     question: str
@@ -108,6 +128,15 @@ class Explanation:
     question_relevancy: torch.Tensor
     answer_relevancy: torch.Tensor
     probability: torch.Tensor
+    image_layers: torch.Tensor | None = None
+    question_layers: torch.Tensor | None = None
+    answer_layers: torch.Tensor | None = None
+    lens_raw: list[list[str]] | None = None
+    lens_normed: list[list[str]] | None = None
+    lens_raw_probability: torch.Tensor | None = None
+    lens_normed_probability: torch.Tensor | None = None
+    baseline: str | None = None
+    log_likelihood_ratio: torch.Tensor | None = None
 
     @property
     def visual_contribution(self) -> torch.Tensor:
@@ -116,6 +145,44 @@ class Explanation:
         Template tokens of the prompt count for neither side. Without any relevancy it is 0.
         """
         return _share(self.image, self.question_relevancy, self.answer_relevancy)
+
+    def contribution(self, how: Contribution = "sum") -> torch.Tensor:
+        """Relevancy to the image over that to question and earlier answer, as Stethoscope has it.
+
+        Args:
+            how: compare the "sum", "mean" or "max" over the tokens of each side.
+
+        Returns:
+            [S], or [S, L] after each layer if the layers were asked for; >= 0, unbounded, high =
+            leans on the image. It is 0 without relevancy to the image, inf with no other.
+        """
+        layered = self.image_layers is not None
+        image = self.image_layers if layered else self.image
+        question = self.question_layers if layered else self.question_relevancy
+        answer = self.answer_layers if layered else self.answer_relevancy
+        assert image is not None and question is not None and answer is not None
+        text = torch.cat([question, answer], -1)
+        if how == "sum":
+            seen, read = image.sum((-2, -1)), text.sum(-1)
+        elif how == "max":
+            seen, read = image.amax((-2, -1)), text.amax(-1)
+        elif how == "mean":
+            counts = (torch.tensor(self.selected) + question.shape[-1]).clamp_min(1)
+            counts = counts.view(-1, *[1] * (image.ndim - 3))
+            seen, read = image.mean((-2, -1)), text.sum(-1) / counts
+        else:
+            raise ValueError(f"how is {how!r}; it must be one of {get_args(Contribution)}.")
+        return torch.where(seen > 0, seen / read, 0)
+
+    def visual_tokens(self, threshold: float = 1.0) -> list[int]:
+        """Indices of the answer's tokens that the image made likelier by over `threshold` nats.
+
+        Raises:
+            ValueError: when the answer was explained without a baseline.
+        """
+        if self.log_likelihood_ratio is None:
+            raise ValueError('There is no likelihood ratio; explain with baseline="noise".')
+        return (self.log_likelihood_ratio > threshold).nonzero()[:, 0].tolist()
 
     @cached_property
     def word_spans(self) -> list[tuple[int, int]]:
@@ -164,6 +231,7 @@ class Explanation:
         image, question, answer = (
             x[rows].mean(0) for x in (self.image, self.question_relevancy, self.answer_relevancy)
         )
+        ratio = self.log_likelihood_ratio
         return WordRelevancy(
             text=self.answer[start:end],
             span=(start, end),
@@ -173,6 +241,7 @@ class Explanation:
             question=question,
             visual_contribution=_share(image[None], question[None], answer[None]).item(),
             probability=self.probability[inside].prod().item(),
+            log_likelihood_ratio=None if ratio is None else ratio[inside].sum().item(),
         )
 
     def save(self, folder: str | Path) -> None:

@@ -225,6 +225,8 @@ REFUSED: dict[str, str] = {
     "instructblipvideo": "it reads the frames of a video, and everything here reads one image",
 }
 
+FINAL_NORMS: dict[str, str] = {"opt": "final_layer_norm"}  # of text models that do not say "norm"
+
 VISION_TOWERS: dict[str, VisionTower] = {
     "clip_vision_model": VisionTower("encoder.layers", prefix_tokens=1),
     "siglip_vision_model": VisionTower("encoder.layers", prefix_tokens=0),
@@ -309,18 +311,31 @@ def check_causal(model_or_config: nn.Module | PreTrainedConfig, what: str) -> No
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The layers of the text decoder, first to last."""
+    return cast(nn.ModuleList, unwrap(model).base_model.get_submodule(_layers_path(model)))
+
+
+def _layers_path(model: nn.Module) -> str:
     family = family_of(model)
-    path = family.layers
-    if not isinstance(path, str):
-        text, where = _config(model).text_config.model_type, f"layers of {family.model_type!r}"
-        path = _row(dict(path), text, "text model", where)
-    return cast(nn.ModuleList, unwrap(model).base_model.get_submodule(path))
+    if isinstance(family.layers, str):
+        return family.layers
+    where = f"layers of {family.model_type!r}"
+    return _row(dict(family.layers), _text_type(model), "text model", where)
+
+
+def _text_type(model: nn.Module) -> str:
+    return _config(model).text_config.model_type
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """What the last decoder layer's output passes before the head reads it."""
+    decoder, _, _ = _layers_path(model).rpartition(".")
+    name = FINAL_NORMS.get(_text_type(model), "norm")
+    return unwrap(model).base_model.get_submodule(f"{decoder}.{name}")
 
 
 def steered_modules(model: nn.Module) -> list[nn.Module]:
     """One module a decoder layer: the one whose output ([B, T, D] or [N, D]) is steered."""
-    text = _config(model).text_config.model_type
-    name = _row(STEERED_MODULES, text, "text model", "STEERED_MODULES")
+    name = _row(STEERED_MODULES, _text_type(model), "text model", "STEERED_MODULES")
     return [layer.get_submodule(name) for layer in decoder_layers(model)]
 
 

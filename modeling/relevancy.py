@@ -11,11 +11,12 @@ over tokens, and the streaming backend gives the same rows as the full-matrix ru
 One call at a time for one model: its attention implementation is exchanged during the call.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import (
@@ -32,15 +33,13 @@ from .families import (
     family_of,
     image_grids,
     image_mask,
-    patch_grid,
-    patch_order,
-    qformer_layers,
     unwrap,
     vision_layers,
-    vision_prefix_tokens,
 )
+from .image_baselines import Baseline, baseline_image
+from .logit_lens import layer_states, logit_lens
 from .relevancy_attention import Backend, Recorder, recording
-from .relevancy_qformer import query_relevancy
+from .relevancy_vision import entering_queries, patch_relevancy, patch_spread
 
 
 def explain(
@@ -52,6 +51,8 @@ def explain(
     tokens: Iterable[int] | None = None,
     max_new_tokens: int = 64,
     backend: Backend = "streaming",
+    layers: bool = False,
+    baseline: Baseline | None = None,
 ) -> Explanation:
     """The relevancy of an answer's tokens to image, question and earlier answer.
 
@@ -68,26 +69,57 @@ def explain(
             pass; negative indices count from the end.
         max_new_tokens: bound on the answer that the model gives itself.
         backend: "streaming" (default), or "eager", which gives the same and keeps every map.
+        layers: also after each decoder layer: relevancy, and the tokens that it would say.
+        baseline: also compare the answer's probabilities with those given a "blank", "blur" or
+            "noise" image; costs one forward pass.
 
     Raises:
         ValueError: for an unsupported model, an empty question or answer, tokens that the answer
             does not have, or an image that the processor does not turn into one grid of tokens.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}; it must be one of {get_args(Backend)}.")
-    if not question.strip():
-        raise ValueError("The question is empty; ask something about the image.")
-    inner = unwrap(model)
+    _check_request(question, backend, baseline)
+    inner, tokenizer = unwrap(model), processor.tokenizer
     vision_layers(inner)
+    image = image.convert("RGB")
     inputs = _inputs(inner, processor, image, question)
     grid = _grid(inner.config, inputs)
     with _frozen(inner):
-        answer_ids = _answer_ids(inner, processor.tokenizer, inputs, answer, max_new_tokens)
+        answer_ids = _answer_ids(inner, tokenizer, inputs, answer, max_new_tokens)
         selected = _selected(tokens, len(answer_ids))
-        rows = _rows(inner, inputs, grid, answer_ids, selected, backend)
-    return _explanation(
-        inner, processor.tokenizer, inputs, grid, question, answer_ids, selected, *rows
-    )
+        asked = _ask(inner, inputs, answer_ids)
+        rows, patches, chances, states = _rows(inner, asked, grid, selected, backend, layers)
+        more: dict[str, Any] = {"patches": patches, "probability": chances.exp()}
+        if layers:
+            more |= logit_lens(inner, states, tokenizer)
+        if baseline is not None:
+            given = _inputs(inner, processor, baseline_image(np.asarray(image), baseline), question)
+            others = _log_probability(_logits(inner, _ask(inner, given, answer_ids)), answer_ids)
+            more |= {"baseline": baseline, "log_likelihood_ratio": chances - others}
+    return _explanation(tokenizer, asked, grid, question, selected, rows, layers, more)
+
+
+def _check_request(question: str, backend: str, baseline: str | None) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; it must be one of {get_args(Backend)}.")
+    if baseline is not None and baseline not in get_args(Baseline):
+        raise ValueError(f"baseline is {baseline!r}; it must be one of {get_args(Baseline)}.")
+    if not question.strip():
+        raise ValueError("The question is empty; ask something about the image.")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Prompt and answer as the model reads them together.
+
+    Attributes:
+        given: the model's inputs, one row of n tokens.
+        image: bool [n], True at the image tokens; on the CPU.
+        positions: int64 [A], each the one before a token of the answer, which predicts it.
+    """
+
+    given: dict[str, Any]
+    image: torch.Tensor
+    positions: torch.Tensor
 
 
 def _inputs(
@@ -100,7 +132,7 @@ def _inputs(
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    inputs = processor(images=[[image.convert("RGB")]], text=[prompt], return_tensors="pt")
+    inputs = processor(images=[[image]], text=[prompt], return_tensors="pt")
     inputs.pop("labels", None)
     return inputs.to(model.device, model.dtype)
 
@@ -166,165 +198,91 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _rows(
-    model: PreTrainedModel,
-    inputs: BatchFeature,
-    grid: Grid,
-    answer_ids: list[int],
-    selected: list[int],
-    backend: Backend,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Rows over the sequence [S, n] and over the patches [S, m] or None; probabilities [A]."""
-    given = _with_answer(inputs, answer_ids, family_of(model).answer_type)
-    given["pixel_values"] = pixels = given["pixel_values"].clone().requires_grad_()
-    ids, count = given["input_ids"], len(answer_ids)
-    positions = torch.arange(ids.shape[1] - 1 - count, ids.shape[1] - 1, device=ids.device)
-    answer = ids[0, -count:, None]
-    image = image_mask(model, ids)[0].cpu()
-    recorder = Recorder(model, _spread(model.config, image, grid), backend)
-    text, vision = [], []
-    with recording(model, recorder), _queries(model) as queries:
-        logits = model(**given, use_cache=False, logits_to_keep=positions).logits[0]
-        emitted = logits.gather(1, answer)[:, 0]
-        for index in selected:
-            at = int(positions[index])
-            recorder.begin(at, ids.shape[1])
-            torch.autograd.grad(emitted[index], [pixels, *queries], retain_graph=True)
-            row = recorder.rows["text"].cpu()
-            row[at] -= 1
-            text.append(_finite(row, model.dtype))
-            patches = _patches(model, recorder, row[image], grid)
-            if patches is not None:
-                vision.append(patches)
-    probability = logits.detach().float().softmax(-1).gather(1, answer)[:, 0].cpu()
-    return torch.stack(text), torch.stack(vision) if vision else None, probability
-
-
-@contextmanager
-def _queries(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """What enters a Q-Former, as a tensor that needs gradients: the image decides nothing of it."""
-    entered: list[torch.Tensor] = []
-
-    def enter(layer: nn.Module, args: tuple) -> tuple:
-        entered.append(args[0].detach().requires_grad_())
-        return entered[0], *args[1:]
-
-    handles = [layer.register_forward_pre_hook(enter) for layer in qformer_layers(model)[:1]]
-    try:
-        yield entered
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _with_answer(inputs: BatchFeature, answer_ids: list[int], answer_type: int) -> dict[str, Any]:
-    """The prepared inputs, as long as prompt and answer together."""
+def _ask(model: PreTrainedModel, inputs: BatchFeature, answer_ids: list[int]) -> _Asked:
     answer = inputs["input_ids"].new_tensor([answer_ids])
     longer = {
         "input_ids": answer,
         "attention_mask": torch.ones_like(answer),
         "mm_token_type_ids": torch.zeros_like(answer),
-        "token_type_ids": torch.full_like(answer, answer_type),
+        "token_type_ids": torch.full_like(answer, family_of(model).answer_type),
     }
-    return dict(inputs) | {
+    given = dict(inputs) | {
         name: torch.cat([inputs[name], more], 1) for name, more in longer.items() if name in inputs
     }
+    ids = given["input_ids"]
+    last = ids.shape[1] - 1
+    positions = torch.arange(last - len(answer_ids), last, device=ids.device)
+    return _Asked(given, image_mask(model, ids)[0].cpu(), positions)
 
 
-def _patches(
-    model: PreTrainedModel, recorder: Recorder, image: torch.Tensor, grid: Grid
-) -> torch.Tensor | None:
-    """The finished relevancy of the patches [r, c], from that of the image tokens, [R * C]."""
-    config = model.config
-    shape, order = _patch_grid(config, grid)
-    if recorder.keeps:
-        (vision, layers) = (recorder.kept(f(model)) for f in (vision_layers, qformer_layers))
-        row = image @ query_relevancy([bar for (bar,) in vision], layers)
-    elif recorder.spread is not None:
-        row = recorder.rows["vision"].cpu()
-    else:
-        return None
-    row = row[vision_prefix_tokens(config) :]
-    return torch.empty_like(row).index_copy_(0, order, row).view(shape)
+def _logits(model: PreTrainedModel, asked: _Asked, **changed: torch.Tensor) -> torch.Tensor:
+    """What the model says at the positions that predict the answer, [A, V]."""
+    given = asked.given | changed
+    return model(**given, use_cache=False, logits_to_keep=asked.positions).logits[0]
 
 
-def _patch_grid(config: PreTrainedConfig, grid: Grid) -> tuple[Grid, torch.Tensor]:
-    """The grid of the patches behind a grid of image tokens, and their order in the encoder."""
-    family = family_of(config)
-    if family.qformer is not None:
-        grid = patch_grid(config)
-    merge = family.merge(config)
-    return (grid[0] * merge, grid[1] * merge), patch_order(config, grid)
+def _log_probability(logits: torch.Tensor, answer_ids: list[int]) -> torch.Tensor:
+    """Of each token of the answer, in nats, float32 [A] on the CPU."""
+    ids = torch.tensor(answer_ids, device=logits.device)
+    return logits.detach().float().log_softmax(-1).gather(1, ids[:, None])[:, 0].cpu()
 
 
-def _finite(row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if not bool(torch.isfinite(row).all()):
-        raise ValueError(f"Gradients overflow in {dtype}. Load the model in bfloat16 or float32.")
-    return row
-
-
-def _spread(
-    config: PreTrainedConfig, image: torch.Tensor, grid: Grid
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """From a row over the sequence to one over the vision encoder's tokens (None: cannot be split).
-
-    A merger shares a token's relevancy equally among the patches that it merges.
-    """
-    family = family_of(config)
-    if family.qformer is not None or family.mixes(config):
-        return None
-    return partial(
-        spread_over_patches,
-        image=image,
-        grid=grid,
-        merge=family.merge(config),
-        prefix=vision_prefix_tokens(config),
-        order=patch_order(config, grid),
-    )
-
-
-def spread_over_patches(
-    row: torch.Tensor,
-    image: torch.Tensor,
+def _rows(
+    model: PreTrainedModel,
+    asked: _Asked,
     grid: Grid,
-    merge: int,
-    prefix: int,
-    order: torch.Tensor,
-) -> torch.Tensor:
-    """Each image token's relevancy in equal shares on its patches, zeros on the CLS token.
+    selected: list[int],
+    backend: Backend,
+    layers: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, list[torch.Tensor]]:
+    """Rows over the sequence [S, L or 1, n] and over the patches [S, r, c] or None; the answer's
+    log-probabilities [A]; the decoder's states at the positions that predict it (if `layers`)."""
+    pixels = asked.given["pixel_values"].clone().requires_grad_()
+    answer_ids = asked.given["input_ids"][0, asked.positions + 1].tolist()
+    spread = patch_spread(model.config, asked.image, grid)
+    recorder = Recorder(model, spread, backend, per_layer=layers)
+    text, vision = [], []
+    watched = layer_states(model, asked.positions if layers else asked.positions[:0])
+    with recording(model, recorder), entering_queries(model) as queries, watched as states:
+        logits = _logits(model, asked, pixel_values=pixels)
+        for index in selected:
+            at = int(asked.positions[index])
+            recorder.begin(at, len(asked.image))
+            logit = logits[index, answer_ids[index]]
+            torch.autograd.grad(logit, [pixels, *queries], retain_graph=True)
+            rows = recorder.rows["text"].cpu()
+            rows[:, at] -= 1
+            text.append(_finite(rows, model.dtype))
+            patches = patch_relevancy(model, recorder, rows[-1, asked.image], grid)
+            if patches is not None:
+                vision.append(patches)
+    chances = _log_probability(logits, answer_ids)
+    return torch.stack(text), torch.stack(vision) if vision else None, chances, states
 
-    Args:
-        row: [n] over the sequence.
-        image: bool [n], True at the R * C image tokens.
-        grid: (R, C).
-        merge: patches on each side of the square that one token stands for.
-        prefix: tokens of the vision encoder before its patches.
-        order: as `families.patch_order` gives it.
 
-    Returns:
-        [prefix + R * C * merge^2].
-    """
-    tokens = row[image.to(row.device)].view(grid) / merge**2
-    patches = tokens.repeat_interleave(merge, 0).repeat_interleave(merge, 1)
-    return torch.cat([row.new_zeros(prefix), patches.flatten()[order.to(row.device)]])
+def _finite(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError(f"Gradients overflow in {dtype}. Load the model in bfloat16 or float32.")
+    return rows
 
 
 def _explanation(
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    inputs: BatchFeature,
+    asked: _Asked,
     grid: Grid,
     question: str,
-    answer_ids: list[int],
     selected: list[int],
-    text: torch.Tensor,
-    vision: torch.Tensor | None,
-    probability: torch.Tensor,
+    rows: torch.Tensor,
+    layers: bool,
+    more: dict[str, Any],
 ) -> Explanation:
-    prompt = inputs["input_ids"][0].cpu()
+    """Name the parts of the rows [S, L or 1, n], and the texts."""
+    ids, first = asked.given["input_ids"][0].cpu(), int(asked.positions[0]) + 1
+    answer_ids = ids[first:].tolist()
     answer, spans = token_spans(tokenizer, answer_ids)
-    asked, pieces = _question(tokenizer, prompt, image_mask(model, prompt), question)
-    image = text[:, : len(prompt)][:, image_mask(model, prompt)]
+    positions, pieces = _question(tokenizer, ids[:first], asked.image[:first], question)
+    if layers:
+        more |= _parts(rows, asked, positions, grid, "image_layers question_layers answer_layers")
     return Explanation(
         question=question,
         answer=answer,
@@ -333,12 +291,21 @@ def _explanation(
         spans=spans,
         selected=selected,
         question_tokens=pieces,
-        image=image.view(-1, *grid),
-        patches=vision,
-        question_relevancy=text[:, asked],
-        answer_relevancy=text[:, len(prompt) :],
-        probability=probability,
+        **_parts(rows[:, -1], asked, positions, grid, "image question_relevancy answer_relevancy"),
+        **more,
     )
+
+
+def _parts(
+    rows: torch.Tensor, asked: _Asked, question: list[int], grid: Grid, names: str
+) -> dict[str, Any]:
+    """Rows [..., n] as relevancy to image [..., R, C], question [..., Q] and answer [..., A]."""
+    parts = (
+        rows[..., asked.image].unflatten(-1, grid),
+        rows[..., question],
+        rows[..., asked.positions.cpu() + 1],
+    )
+    return dict(zip(names.split(), parts, strict=True))
 
 
 def _question(

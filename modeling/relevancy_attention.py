@@ -34,11 +34,13 @@ CHUNK_ELEMENTS = 2**22  # of one recomputed piece of attention maps, 16 MB in fl
 
 
 class Call(NamedTuple):
-    """One call of an attention module, its tower and the part of the sequence that it sees."""
+    """One call of an attention module: its tower, the part of the sequence that it sees, and the
+    first of the tower's rows that has started by then."""
 
     module: nn.Module
     tower: str
     place: slice
+    first: int
 
 
 class Recorder:
@@ -51,6 +53,8 @@ class Recorder:
         spread: turns the finished row over the sequence, [n], into the first row over the vision
             encoder's tokens, [m]; None leaves the vision encoder out, unless a Q-Former reads it.
         backend: "streaming" recomputes maps in backward, "eager" lets autograd keep them.
+        per_layer: also carry the row that starts at each lower decoder layer: what the rule would
+            say after that layer, with the gradients of the final logit.
     """
 
     def __init__(
@@ -58,42 +62,47 @@ class Recorder:
         model: PreTrainedModel,
         spread: Callable[[torch.Tensor], torch.Tensor] | None,
         backend: Backend,
+        per_layer: bool = False,
     ):
         towers = {"text": decoder_layers(model), "vision": vision_layers(model)}
         towers["qformer"] = qformer_layers(model)
         self.keeps = len(towers["qformer"]) > 0
         self.tower_of = {m: tower for tower, layers in towers.items() for m in layers.modules()}
+        self.layer_of = {m: i for i, layer in enumerate(towers["text"]) for m in layer.modules()}
+        self.count = len(towers["text"]) if per_layer else 1
         self.spread, self.backend = spread, backend
         self.rows: dict[str, torch.Tensor] = {}
         self.bars: dict[nn.Module, torch.Tensor] = {}
         self.ends: dict[nn.Module, int] = {}
 
-    def place(self, module: nn.Module, length: int) -> slice:
-        """Where in its tower's sequence a call of an attention module works: after its last one.
+    def call(self, module: nn.Module, length: int) -> Call:
+        """A call of an attention module; in its tower's sequence it works after its last one.
 
         Packed images and attention windows are one call each, in the order of the sequence.
         """
         start = self.ends.get(module, 0)
         self.ends[module] = start + length
-        return slice(start, start + length)
+        first = min(self.layer_of.get(module, 0), self.count - 1)
+        return Call(module, self.tower_of[module], slice(start, start + length), first)
 
     def begin(self, position: int, length: int) -> None:
         """Start over: all relevancy lies at `position` of a sequence of `length`."""
-        self.rows = {"text": torch.zeros(length, dtype=torch.float32)}
-        self.rows["text"][position] = 1
+        self.rows = {"text": torch.zeros(self.count, length, dtype=torch.float32)}
+        self.rows["text"][:, position] = 1
         self.bars = {}
 
     def start(self, call: Call, device: torch.device) -> torch.Tensor | None:
-        """What A_bar of this call is multiplied with: its row [n], or None where it is kept."""
+        """The rows that A_bar of this call is multiplied with, [k, n], or None where it is kept."""
         moves = call.tower == "text" or not self.keeps
-        return self.row(call.tower, device)[call.place] if moves else None
+        return self._moving(call, device) if moves else None
 
-    def row(self, tower: str, device: torch.device) -> torch.Tensor:
-        """The present row of a tower, float32 [n]; the vision encoder's starts when first asked."""
+    def _moving(self, call: Call, device: torch.device) -> torch.Tensor:
+        """A view of the rows that a call moves; the vision encoder's starts when first asked."""
+        tower = call.tower
         if tower not in self.rows and self.spread is not None:
-            self.rows[tower] = self._whole(self.spread(self.rows["text"]))
+            self.rows[tower] = self._whole(self.spread(self.rows["text"][-1]))[None]
         self.rows[tower] = self.rows[tower].to(device)
-        return self.rows[tower]
+        return self.rows[tower][call.first :, call.place]
 
     def _whole(self, row: torch.Tensor) -> torch.Tensor:
         ends = {end for module, end in self.ends.items() if self.tower_of[module] == "vision"}
@@ -106,10 +115,11 @@ class Recorder:
 
     def add(self, call: Call, change: torch.Tensor) -> None:
         """r += `change` = r A_bar at the place of one call, or keep `change` = A_bar itself."""
-        if change.ndim == 1:
-            self.row(call.tower, change.device)[call.place] += change
-        else:
+        rows = self.start(call, change.device)
+        if rows is None:
             self.bars[call.module] = change.cpu()
+        else:
+            rows += change
 
     def kept(self, layers: Iterable[nn.Module]) -> list[list[torch.Tensor]]:
         """A_bar of each layer's attention modules, in the order in which they are defined."""
@@ -167,8 +177,8 @@ def relevancy_attention(
     if recorder is None or not (torch.is_grad_enabled() and query.requires_grad):
         output = _plain(query, key, value, attention_mask, scale)
     else:
-        tower = _tower(recorder, module, query, key, attention_mask, kwargs)
-        call = Call(module, tower, recorder.place(module, query.shape[2]))
+        _check(recorder, module, query, key, attention_mask, kwargs)
+        call = recorder.call(module, query.shape[2])
         if recorder.backend == "streaming":
             output = _Streaming.apply(query, key, value, attention_mask, scale, recorder, call)
         else:
@@ -176,14 +186,14 @@ def relevancy_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _tower(
+def _check(
     recorder: Recorder,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     mask: torch.Tensor | None,
     kwargs: dict[str, Any],
-) -> str:
+) -> None:
     name = type(module).__name__
     given = [option for option in REFUSED if kwargs.get(option) is not None]
     if given:
@@ -198,7 +208,6 @@ def _tower(
         )
     if tower == "text" and mask is None:
         raise ValueError(f"{name} got no causal mask, so its relevancy would look ahead.")
-    return tower
 
 
 def _plain(
@@ -238,8 +247,8 @@ def _eager(
 
     def move_row(gradient: torch.Tensor) -> None:
         relevancy = (kept * gradient).clamp(min=0).mean(1)[0].float()
-        row = recorder.start(call, relevancy.device)
-        recorder.add(call, relevancy if row is None else row @ relevancy)
+        rows = recorder.start(call, relevancy.device)
+        recorder.add(call, relevancy if rows is None else rows @ relevancy)
 
     if recorder.follows(call.tower):
         weights.register_hook(move_row)
@@ -276,9 +285,9 @@ class _Streaming(torch.autograd.Function):
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         recorder, call = ctx.recorder, ctx.call
         follows = recorder.follows(call.tower)
-        row = recorder.start(call, q.device) if follows else None
-        size = (length, keys) if row is None else (keys,)
-        change = torch.zeros(size, dtype=torch.float32, device=q.device)
+        rows = recorder.start(call, q.device) if follows else None
+        size = length if rows is None else len(rows)
+        change = torch.zeros(size, keys, dtype=torch.float32, device=q.device)
         step = max(1, CHUNK_ELEMENTS // (split[1] * length * keys))
         for part in (slice(start, start + step) for start in range(0, key_heads, step)):
             pieces, product = _backward(q[part], k[part], v[part], g[part], mask, ctx.scale)
@@ -286,7 +295,7 @@ class _Streaming(torch.autograd.Function):
                 whole[part] = piece
             if follows:
                 relevancy = product.clamp_(min=0).sum((0, 1)).float()
-                change += relevancy if row is None else row @ relevancy
+                change += relevancy if rows is None else rows @ relevancy
         if follows:
             recorder.add(call, change / heads)
         shapes = (query, key, value)

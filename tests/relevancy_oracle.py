@@ -47,12 +47,12 @@ def eager_maps(model: nn.Module) -> Iterator[Maps]:
             source.eager_attention_forward = original
 
 
-def full_matrix(logit: torch.Tensor, maps: Maps, tower: tuple[str, ...]) -> torch.Tensor:
-    """R of one tower [n, n], from A_bar = mean over heads of clamp(A * dlogit/dA, 0) a module.
+def full_matrix(logit: torch.Tensor, maps: Maps, tower: tuple[str, ...]) -> list[torch.Tensor]:
+    """R [n, n] after each layer of one tower, A_bar = mean over heads of clamp(A * dlogit/dA, 0).
 
     Maps of several calls (windows) are blocks on the diagonal.
     """
-    total = None
+    totals: list[torch.Tensor] = []
     for name, kept in maps.items():
         if not set(tower) & set(name.split(".")):
             continue
@@ -61,10 +61,9 @@ def full_matrix(logit: torch.Tensor, maps: Maps, tower: tuple[str, ...]) -> torc
             continue
         bars = [(a * g)[0].clamp(min=0).mean(0) for a, g in zip(kept, grads, strict=True)]
         layer = torch.block_diag(*bars)
-        total = torch.eye(len(layer)) if total is None else total
-        total = total + layer @ total
-    assert total is not None
-    return total.detach()
+        total = totals[-1] if totals else torch.eye(len(layer))
+        totals.append((total + layer @ total).detach())
+    return totals
 
 
 def places(config, inputs: dict, grid: tuple[int, int]) -> torch.Tensor:
@@ -118,7 +117,7 @@ def normalised(relevancy: torch.Tensor) -> torch.Tensor:
 
 def queried(logit: torch.Tensor, maps: Maps, tokens: torch.Tensor) -> torch.Tensor:
     """Queries' relevancy [Q] through the Q-Former and the vision encoder to its 4 x 4 patches."""
-    image = full_matrix(logit, maps, VISION)
+    image = full_matrix(logit, maps, VISION)[-1]
     bars = {name: averaged(logit, kept) for name, kept in maps.items() if "qformer" in name}
     size = len(bars["qformer.encoder.layer.0.attention.attention"])
     own, seen = torch.eye(size), torch.zeros(size, len(image))
@@ -136,7 +135,8 @@ def queried(logit: torch.Tensor, maps: Maps, tokens: torch.Tensor) -> torch.Tens
 def oracle(
     model, processor, image, question: str, answer: str, grid: tuple[int, int], merge: int | None
 ):
-    """Per answer token: its rows over the sequence, the image tokens [R, C] and the patches.
+    """Per answer token: its rows over the sequence after each layer [L, n], the last over the image
+    tokens [R, C], and over the patches.
 
     `merge` is None where the image tokens are a Q-Former's queries.
     """
@@ -161,11 +161,11 @@ def oracle(
     for index, token in enumerate(answer_ids[0]):
         at = prompt - 1 + index
         logit = logits[at, token]
-        row = full_matrix(logit, maps, TEXT)[at]
-        row[at] -= 1
-        tokens = row[seen].view(grid)
+        rows = torch.stack([total[at] for total in full_matrix(logit, maps, TEXT)])
+        rows[:, at] -= 1
+        tokens = rows[-1, seen].view(grid)
         if merge is None:
-            yield row, tokens, queried(logit, maps, tokens[0])
+            yield rows, tokens, queried(logit, maps, tokens[0])
         else:
-            vision = full_matrix(logit, maps, VISION)
-            yield row, tokens, chained(model.config, inputs, tokens, merge, vision)
+            vision = full_matrix(logit, maps, VISION)[-1]
+            yield rows, tokens, chained(model.config, inputs, tokens, merge, vision)

@@ -3,9 +3,11 @@
 from dataclasses import fields, replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from tiny_models import (
     TINY,
     tiny_image,
@@ -17,8 +19,10 @@ from tiny_models import (
 from transformers import LlavaForConditionalGeneration, SiglipVisionConfig
 
 from firsthand.modeling.explanation import Explanation, WordRelevancy, token_spans
-from firsthand.modeling.relevancy import explain, spread_over_patches
+from firsthand.modeling.image_baselines import baseline_image
+from firsthand.modeling.relevancy import explain
 from firsthand.modeling.relevancy_attention import implementations, relevancy_attention
+from firsthand.modeling.relevancy_vision import spread_over_patches
 from firsthand.modeling.steering import SteeringVector, attach_steering
 
 QUESTION = "What is in the image?"
@@ -167,6 +171,70 @@ def test_visual_contribution_is_the_image_share(explanation):
     assert bool((explanation.visual_contribution < 1).all())
 
 
+def by_hand(image, text, count, how):
+    if how == "mean":
+        return image.mean() / (text.sum() / count)
+    return getattr(image, how)() / getattr(text, how)()
+
+
+@pytest.mark.parametrize("how", ["sum", "mean", "max"])
+def test_contribution_compares_image_and_text(model, processor, explanation, how):
+    layered = explain(model, processor, tiny_image(3), QUESTION, ANSWER, [3, 1], layers=True)
+    found = explanation.contribution(how)
+    for index in (1, 3):
+        question, answer = (
+            explanation.question_relevancy[index],
+            explanation.answer_relevancy[index],
+        )
+        text = torch.cat([question, answer[:index]])
+        expected = by_hand(explanation.image[index], text, len(text), how)
+        torch.testing.assert_close(found[index], expected)
+    each = layered.contribution(how)
+    assert each.shape == (2, 2)
+    torch.testing.assert_close(each[:, -1], found[[3, 1]], rtol=1e-4, atol=1e-8)
+    for row, index in enumerate((3, 1)):
+        text = torch.cat([layered.question_layers[row, 0], layered.answer_layers[row, 0, :index]])
+        expected = by_hand(layered.image_layers[row, 0], text, len(text), how)
+        torch.testing.assert_close(each[row, 0], expected)
+
+
+def test_contribution_without_one_side(explanation):
+    blind = replace(explanation, image=torch.zeros_like(explanation.image))
+    assert torch.equal(blind.contribution(), torch.zeros(len(blind.tokens)))
+    nothing = {"question_relevancy": torch.zeros(8, 3), "answer_relevancy": torch.zeros(8, 8)}
+    assert bool(replace(explanation, **nothing).contribution("max").isinf().all())
+    with pytest.raises(ValueError, match="'median'.*sum"):
+        explanation.contribution("median")
+
+
+@pytest.mark.parametrize("baseline", ["blank", "blur", "noise"])
+def test_the_likelihood_ratio_is_that_of_two_plain_passes(model, processor, baseline):
+    image = tiny_image(3)
+    found = explain(model, processor, image, QUESTION, ANSWER, [0], baseline=baseline)
+    count, chances = len(found.tokens), []
+    for shown in (image, Image.fromarray(baseline_image(np.asarray(image), baseline))):
+        prompt = tiny_prompt(processor, QUESTION) + ANSWER
+        inputs = processor(images=[[shown]], text=[prompt], return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -count - 1 : -1]
+        chances.append(
+            logits.log_softmax(-1).gather(1, inputs["input_ids"][0, -count:, None])[:, 0]
+        )
+    expected = chances[0] - chances[1]
+    assert found.baseline == baseline and float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(found.log_likelihood_ratio, expected, atol=1e-5, rtol=1e-4)
+    limit = float(expected.sort().values[2])
+    assert found.visual_tokens(limit) == (expected > limit).nonzero()[:, 0].tolist()
+    dog = found.span(0, 5)
+    assert dog.log_likelihood_ratio == pytest.approx(float(expected[dog.tokens].sum()), abs=1e-4)
+
+
+def test_without_a_baseline_there_is_no_likelihood_ratio(explanation):
+    assert explanation.log_likelihood_ratio is None and explanation.image_layers is None
+    with pytest.raises(ValueError, match='baseline="noise"'):
+        explanation.visual_tokens()
+
+
 def test_question_tokens_are_the_question(explanation):
     assert "".join(explanation.question_tokens).strip() == QUESTION
     assert explanation.question_relevancy.shape[1] == len(explanation.question_tokens)
@@ -219,7 +287,12 @@ def test_a_word_that_was_not_explained_says_how(model, processor):
         found.word(1)
 
 
-def test_saved_and_loaded_exactly(explanation, tmp_path):
+@pytest.mark.parametrize("full", [False, True])
+def test_saved_and_loaded_exactly(model, processor, explanation, full, tmp_path):
+    if full:
+        more = {"layers": True, "baseline": "blur"}
+        explanation = explain(model, processor, tiny_image(3), QUESTION, ANSWER, [1], **more)
+        assert all(getattr(explanation, field.name) is not None for field in fields(Explanation))
     explanation.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "explanation.json",
@@ -242,6 +315,7 @@ def test_saved_and_loaded_exactly(explanation, tmp_path):
         ({"tokens": [99]}, r"names \[99\]"),
         ({"tokens": []}, "no token"),
         ({"backend": "fast"}, "streaming"),
+        ({"baseline": "grey"}, "blank"),
     ],
 )
 def test_bad_requests(model, processor, change, message):

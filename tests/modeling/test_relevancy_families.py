@@ -39,17 +39,19 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize("family", GRIDS)
 def test_it_equals_the_full_matrix_rule(family, backend):
     model, processor, image = MODELS[family](), tiny_processor(family), tiny_image(3)
-    found = explain(model, processor, image, QUESTION, ANSWER, backend=backend)
+    found = explain(model, processor, image, QUESTION, ANSWER, backend=backend, layers=True)
     asked = tiny_prompt(processor, QUESTION)
     prompt = len(processor(images=[[image]], text=[asked])["input_ids"][0])
     *grid, merge = GRIDS[family]
     assert (found.patches is None) == (family in UNCHAINED)
     rows = list(oracle(model, processor, image, QUESTION, ANSWER, tuple(grid), merge))
     assert len(rows) == len(found.tokens) == len(found.selected)
-    for index, (row, tokens, patches) in enumerate(rows):
+    for index, (layers, tokens, patches) in enumerate(rows):
+        row = layers[-1]
         scale = float(row.max())
         assert scale > 1e-4 and patches.max() > 1e-12
         pairs = [(found.image, tokens), (found.answer_relevancy, row[prompt:])]
+        pairs.append((found.answer_layers, layers[:, prompt:]))
         if family not in UNCHAINED:
             small = 1e-5 * float(patches.max())
             torch.testing.assert_close(found.patches[index], patches, atol=small, rtol=0)

@@ -1,0 +1,138 @@
+"""From the relevancy of image tokens to that of the image's patches: the way through the encoder.
+
+It knows how a family lays tokens on patches and what stands between them (a merger, a Q-Former);
+the rule itself is in relevancy_attention.py and relevancy_qformer.py.
+
+    spread = patch_spread(config, image, grid); recorder = Recorder(model, spread, backend)
+    with entering_queries(model) as queries: ...
+    patch_relevancy(model, recorder, row[image], grid)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .families import (
+    Grid,
+    family_of,
+    patch_grid,
+    patch_order,
+    qformer_layers,
+    vision_layers,
+    vision_prefix_tokens,
+)
+from .relevancy_attention import Recorder
+from .relevancy_qformer import query_relevancy
+
+
+def patch_spread(
+    config: PreTrainedConfig, image: torch.Tensor, grid: Grid
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """From a row over the sequence to one over the vision encoder's tokens.
+
+    Args:
+        config: the model's config.
+        image: bool [n], True at the image tokens.
+        grid: (R, C) of the image tokens.
+
+    Returns:
+        `spread_over_patches` of this image; None where image tokens have no patches of their own
+        (queries of a Q-Former) or mix outputs of several layers.
+    """
+    family = family_of(config)
+    if family.qformer is not None or family.mixes(config):
+        return None
+    return partial(
+        spread_over_patches,
+        image=image,
+        grid=grid,
+        merge=family.merge(config),
+        prefix=vision_prefix_tokens(config),
+        order=patch_order(config, grid),
+    )
+
+
+def spread_over_patches(
+    row: torch.Tensor,
+    image: torch.Tensor,
+    grid: Grid,
+    merge: int,
+    prefix: int,
+    order: torch.Tensor,
+) -> torch.Tensor:
+    """Each image token's relevancy in equal shares on its patches, zeros on the CLS token.
+
+    Args:
+        row: [n] over the sequence.
+        image: bool [n], True at the R * C image tokens.
+        grid: (R, C).
+        merge: patches on each side of the square that one token stands for.
+        prefix: tokens of the vision encoder before its patches.
+        order: as `families.patch_order` gives it.
+
+    Returns:
+        [prefix + R * C * merge^2].
+    """
+    tokens = row[image.to(row.device)].view(grid) / merge**2
+    patches = tokens.repeat_interleave(merge, 0).repeat_interleave(merge, 1)
+    return torch.cat([row.new_zeros(prefix), patches.flatten()[order.to(row.device)]])
+
+
+@contextmanager
+def entering_queries(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """What enters a Q-Former, as a tensor that needs gradients: the image decides nothing of it.
+
+    Without, autograd would leave out the first layer's attention. Empty where there is no Q-Former.
+    """
+    entered: list[torch.Tensor] = []
+
+    def enter(layer: nn.Module, args: tuple) -> tuple:
+        entered.append(args[0].detach().requires_grad_())
+        return entered[0], *args[1:]
+
+    handles = [layer.register_forward_pre_hook(enter) for layer in qformer_layers(model)[:1]]
+    try:
+        yield entered
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def patch_relevancy(
+    model: PreTrainedModel, recorder: Recorder, image: torch.Tensor, grid: Grid
+) -> torch.Tensor | None:
+    """The relevancy of the patches [r, c] once the backward pass is done.
+
+    Args:
+        model: the model.
+        recorder: what saw the backward pass.
+        image: relevancy of the image tokens, [R * C].
+        grid: (R, C).
+
+    Returns:
+        None where relevancy is not carried through the encoder.
+    """
+    config = model.config
+    shape, order = _patches(config, grid)
+    if recorder.keeps:
+        vision, layers = recorder.kept(vision_layers(model)), recorder.kept(qformer_layers(model))
+        row = image @ query_relevancy([bar for (bar,) in vision], layers)
+    elif recorder.spread is not None:
+        row = recorder.rows["vision"][-1].cpu()
+    else:
+        return None
+    row = row[vision_prefix_tokens(config) :]
+    return torch.empty_like(row).index_copy_(0, order, row).view(shape)
+
+
+def _patches(config: PreTrainedConfig, grid: Grid) -> tuple[Grid, torch.Tensor]:
+    """The grid of the patches behind a grid of image tokens, and their order in the encoder."""
+    family = family_of(config)
+    if family.qformer is not None:
+        grid = patch_grid(config)
+    merge = family.merge(config)
+    return (grid[0] * merge, grid[1] * merge), patch_order(config, grid)
