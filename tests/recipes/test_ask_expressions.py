@@ -3,12 +3,11 @@
 import base64
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
+from scripted_endpoint import Raw, ScriptedEndpoint
 
 from firsthand.recipes import conversations
 from firsthand.recipes.augment_fivl import AskExpressions, ReadRecord, run_steps
@@ -20,44 +19,29 @@ REPLIES = {  # by the question
 }
 
 
-class Server(ThreadingHTTPServer):
+class Server(ScriptedEndpoint):
     """Answers by REPLIES; a question about "four" is refused, and all are where `down` is set."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.down = [], False
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.down = False
+        super().__init__(self.reply)
+
+    def reply(self, payload, key):
+        question = question_of(payload)
+        if self.down or question not in REPLIES:
+            return Raw('{"error": {"message": "no"}}', 400)
+        return json.dumps({"key_expressions": REPLIES[question]})
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        payload = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        image, text = payload["messages"][0]["content"]
-        question = text["text"].split("Question: ")[1].split("\n")[0]
-        self.server.asked.append((question, image["image_url"]["url"], payload))
-        known = question in REPLIES and not self.server.down
-        said = json.dumps({"key_expressions": REPLIES.get(question)})
-        choice = {"index": 0, "message": {"role": "assistant", "content": said}}
-        body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-        body |= {"choices": [{**choice, "finish_reason": "stop"}]}
-        data = json.dumps(body if known else {"error": {"message": "no"}}).encode()
-        self.send_response(200 if known else 400)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+def question_of(payload):
+    image, text = payload["messages"][0]["content"]
+    return text["text"].split("Question: ")[1].split("\n")[0]
 
 
 @pytest.fixture
 def server():
-    running = Server()
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield running
-    running.shutdown()
-    running.server_close()
+    with Server() as running:
+        yield running
 
 
 @pytest.fixture
@@ -111,11 +95,11 @@ def test_expressions_are_asked_for_with_the_image(server, data):
     assert reasons == {"dragon": "not in the answer", "None": "a refusal"}
     assert rows[1]["image"] is None and rows[2]["turns"][0]["expressions"] == []
     assert dropped[0]["dropped"].startswith("AskExpressions: no reply: turn 1: HTTP 400")
-    assert sorted(question for question, _, _ in server.asked) == ["four", "one", "three", "two"]
-    url = server.asked[0][1]
+    assert sorted(map(question_of, server.asked)) == ["four", "one", "three", "two"]
+    url = server.asked[0]["messages"][0]["content"][0]["image_url"]["url"]
     image = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
     assert image.size == (64, 48) and image.getpixel((5, 5))[0] > 190
-    assert server.asked[0][2]["temperature"] == 0
+    assert server.asked[0]["temperature"] == 0
 
 
 def test_a_rerun_asks_only_what_was_not_answered(server, data):
@@ -123,7 +107,7 @@ def test_a_rerun_asks_only_what_was_not_answered(server, data):
     (data.parent / "out" / "state" / "completions" / "00000").unlink()
     asked = len(server.asked)
     assert ask(data, server) == before
-    assert [question for question, _, _ in server.asked[asked:]] == ["four"]
+    assert list(map(question_of, server.asked[asked:])) == ["four"]
 
 
 def test_a_server_that_is_down_stops_the_run(server, data):

@@ -2,9 +2,7 @@
 
 import json
 import math
-import threading
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from measuring import (
@@ -19,6 +17,7 @@ from measuring import (
     save,
     save_captions,
 )
+from scripted_endpoint import ScriptedEndpoint
 
 from firsthand.metrics import chair, pope
 from firsthand.recipes import cli, measure
@@ -309,34 +308,15 @@ def test_mementos(folder, capsys):
 
 @pytest.fixture
 def judge():
-    """A server on loopback that rates 6 what ends in a full stop and 1 what does not."""
-    asked = []
+    """Rates 6 what ends in a full stop and 1 what does not."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(self.headers["Authorization"])
-            text = request["messages"][1]["content"].split("Answer to check: ")[1]
-            rating = 6 if text.split("\n")[0].endswith(".") else 1
-            said = "?" if "nonsense" in text else json.dumps({"reason": "r", "rating": rating})
-            choice = {"index": 0, "message": {"role": "assistant", "content": said}}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-            data = json.dumps(reply | {"choices": [choice | {"finish_reason": "stop"}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def answer(payload, key):
+        text = payload["messages"][1]["content"].split("Answer to check: ")[1]
+        rating = 6 if text.split("\n")[0].endswith(".") else 1
+        return "?" if "nonsense" in text else json.dumps({"reason": "r", "rating": rating})
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.url = asked, f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with ScriptedEndpoint(answer) as server:
+        yield server
 
 
 def test_mmhal_asks_a_judge_once(folder, capsys, judge, monkeypatch):
@@ -353,7 +333,7 @@ def test_mmhal_asks_a_judge_once(folder, capsys, judge, monkeypatch):
     assert found["mmhal_score"]["value"] == 3.5
     assert found["mmhal_hallucination_rate"]["value"] == 0.5
     assert "judge judge, prompt" in found["mmhal_score"]["protocol"]["variant"]
-    assert judge.asked == ["Bearer secret-key"] * 2
+    assert judge.keys == {"secret-key"} and len(judge.asked) == 2
     assert measured(*words, *asks, "--cache", "cache") == found
     assert len(judge.asked) == 2  # all from the cache
     again = measured("mmhal", "--predictions", "rated.jsonl")  # rated rows need no judge

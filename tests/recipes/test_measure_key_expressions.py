@@ -3,17 +3,11 @@
 import base64
 import io
 import json
-import socket
-import threading
-import time
 
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse
-from starlette.routing import Route
+from scripted_endpoint import ScriptedEndpoint
 
 from firsthand.processing.messages import json_object, render
 from firsthand.recipes import cli
@@ -23,28 +17,17 @@ from firsthand.recipes.inputs import read_rows
 from firsthand.recipes.train_vision_modeling import scene_to_sample
 
 
-class Judge:
-    """Answers by what it is sent, keeps it, and answers every `broken`th request with no JSON."""
+class Judge(ScriptedEndpoint):
+    """Answers by what it is sent, and every `broken`th request with no JSON."""
 
     def __init__(self, broken: int = 0):
-        self.asked: list[tuple[str, np.ndarray]] = []
         self.broken = broken
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        app = Starlette(routes=[Route("/v1/chat/completions", self.chat, methods=["POST"])])
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-        run = {"sockets": [listener]}
-        self.thread = threading.Thread(target=self.server.run, kwargs=run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.005)
+        super().__init__(self.reply)
 
-    async def chat(self, request):
-        image, text = (await request.json())["messages"][0]["content"]
+    def reply(self, payload, key):
+        image, text = payload["messages"][0]["content"]
         data = base64.b64decode(image["image_url"]["url"].split(",")[1])
         pixels = np.array(Image.open(io.BytesIO(data)).convert("L"))
-        self.asked.append((text["text"], pixels))
         black = (pixels < 12).mean()
         if "degree" in text["text"]:
             reply = {"reason": "r", "degree": 7.5, "important": bool(black < 0.5)}
@@ -52,25 +35,15 @@ class Judge:
             reply = {"reason": "r", "covers": bool(0.5 < black < 1)}
         else:
             reply = {"reason": "r", "visible": bool(black == 0)}
-        said = json.dumps(reply)
         if self.broken and len(self.asked) % self.broken == 0:
-            said = "Well, yes."
-        choice = {"index": 0, "message": {"role": "assistant", "content": said}}
-        usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
-        return JSONResponse(
-            {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage}
-        )
-
-    def stop(self):
-        self.server.should_exit = self.server.force_exit = True
-        self.thread.join(5)
+            return "Well, yes."
+        return json.dumps(reply)
 
 
 @pytest.fixture
 def judge():
-    server = Judge()
-    yield server
-    server.stop()
+    with Judge() as server:
+        yield server
 
 
 def ask(judge: Judge, folder, *more: str) -> int:
@@ -141,16 +114,13 @@ def test_a_later_turn_is_judged_with_its_own_question():
 
 
 def test_answers_that_cannot_be_read_are_counted_and_never_scored(tmp_path, capsys, monkeypatch):
-    server = Judge(broken=2)
     monkeypatch.setattr(
         recipe, "Endpoint", lambda *a, **k: Endpoint(*a, **k, max_retries=0, concurrency=1)
     )
     from firsthand.processing.endpoint import Endpoint
 
-    try:
+    with Judge(broken=2) as server:
         assert ask(server, tmp_path) == 0
-    finally:
-        server.stop()
     found = {r["metric"]: r for r in json.loads((tmp_path / "r.json").read_text())}
     objects = sum(len(row["objects"]) for row in load_scenes("validation", 3))
     assert found["importance"]["value"] == 7.5 and 0 < found["importance"]["n"] < objects
