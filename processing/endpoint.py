@@ -156,11 +156,13 @@ class Endpoint:
                 wait = min(2 * wait, LONGEST_WAIT)
             try:
                 answer = await client.chat.completions.create(**payload)
+                self._count(answer.usage)
                 text = answer.choices[0].message.content or ""
                 value = parse(text) if parse else text
             except self._openai.APIStatusError as error:
                 reason = f"HTTP {error.status_code}"
                 if error.status_code not in RETRIED:
+                    self.counts[f"fault: {reason}"] += 1
                     return Reply(error=self._clean(f"{reason}: {error.message}"))
                 wait = _retry_after(error.response.headers, wait)
             except (self._openai.APIConnectionError, OSError) as error:
@@ -168,16 +170,19 @@ class Endpoint:
             except (ValueError, TypeError, AttributeError, IndexError) as error:
                 reason = f"not as asked for: {error}"
             else:
-                self._count(answer.usage)
                 self.cache.put(key, text, payload=payload)
                 return Reply(text=text, value=value)
             self.counts[f"fault: {reason.split(':')[0]}"] += 1
         return Reply(error=self._clean(f"gave up after {self.max_retries + 1} tries: {reason}"))
 
     def _count(self, usage: Any) -> None:
-        if usage is not None:
-            self.counts["prompt_tokens"] += usage.prompt_tokens
-            self.counts["completion_tokens"] += usage.completion_tokens
+        """Tokens of any answer that came, also of one that `parse` refuses: both are paid for."""
+        try:
+            tokens = int(usage.prompt_tokens), int(usage.completion_tokens)
+        except (AttributeError, TypeError, ValueError):
+            return  # the server does not say
+        self.counts["prompt_tokens"] += tokens[0]
+        self.counts["completion_tokens"] += tokens[1]
 
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "***")[:500] if len(self._key) > 4 else text[:500]

@@ -1,87 +1,43 @@
 """The endpoint client against a scripted server that injects faults."""
 
-import asyncio
 import json
 import random
-import socket
-import threading
-import time
 from collections import Counter
 
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from scripted_endpoint import Raw, ScriptedEndpoint
 
 from firsthand.processing.endpoint import Endpoint
 
 KEY = "sk-secret-of-the-test"
-FAULTS = ("429", "500", "timeout", "truncated", "invalid", "schema")
+FAULTS = {
+    "429": Raw("busy", 429, {"retry-after": "0.01"}),
+    "500": Raw("broken", 500),
+    "timeout": Raw("late", 500, after=4),
+    "truncated": Raw('{"choices": [{"mess'),
+    "invalid": "no JSON at all",
+    "schema": '{"m": 1}',
+}
 
 
-class Scripted:
+class Scripted(ScriptedEndpoint):
     """Answers `{"n": <the question's number>}`; a share of the requests meets a fault first."""
 
-    def __init__(self, share=0.0, seed=0):
-        self.rng, self.share = random.Random(seed), share
-        self.answered, self.faults, self.keys = Counter(), Counter(), set()
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        app = Starlette(routes=[Route("/v1/chat/completions", self.chat, methods=["POST"])])
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-        run = {"sockets": [listener]}
-        self.thread = threading.Thread(target=self.server.run, kwargs=run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.005)
+    def __init__(self, share=0.0):
+        self.rng, self.share = random.Random(0), share
+        self.answered, self.faults = Counter(), Counter()
+        super().__init__(self.reply)
 
-    def stop(self):
-        self.server.should_exit = True
-        self.server.force_exit = True
-        self.thread.join(5)
-
-    async def chat(self, request):
-        self.keys.add(request.headers["authorization"])
-        asked = await request.json()
-        number = asked["messages"][-1]["content"]
+    def reply(self, payload, key):
+        number = payload["messages"][-1]["content"]
         if number == "forbidden":
-            return JSONResponse({"error": {"message": f"bad key {KEY}"}}, 401)
-        text = json.dumps({"n": int(number)})
-        fault = self.rng.choice(FAULTS) if self.rng.random() < self.share else None
+            return Raw(json.dumps({"error": {"message": f"bad key {KEY}"}}), 401)
+        fault = self.rng.choice(list(FAULTS)) if self.rng.random() < self.share else None
         self.faults[fault] += 1
-        if fault == "429":
-            return Response("busy", 429, {"Retry-After": "0.01"})
-        if fault == "500":
-            return Response("broken", 500)
-        if fault == "timeout":
-            await asyncio.sleep(4)
-            return Response("late", 500)
-        if fault == "truncated":
-            return Response('{"choices": [{"mess', 200, media_type="application/json")
-        if fault == "invalid":
-            text = "no JSON at all"
-        if fault == "schema":
-            text = json.dumps({"m": 1})
-        if fault is None:
-            self.answered[number] += 1
-        return JSONResponse(
-            {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "m",
-                "choices": [
-                    {
-                        "index": 0,
-                        "finish_reason": "stop",
-                        "message": {"role": "assistant", "content": text},
-                    }
-                ],
-                "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
-            }
-        )
+        if fault:
+            return FAULTS[fault]
+        self.answered[number] += 1
+        return json.dumps({"n": int(number)})
 
 
 @pytest.fixture
@@ -154,17 +110,34 @@ def test_a_refusal_is_final_and_the_key_stays_secret(serve, tmp_path, caplog):
     endpoint = Endpoint(server.url, "m", KEY, tmp_path)
     reply = endpoint.ask(question("forbidden"))
     assert reply.error.startswith("HTTP 401")
-    assert "retried" not in endpoint.report()
+    assert endpoint.report() == {"failed": 1, "fault: HTTP 401": 1, "dollars": 0.0}
     endpoint.ask(question(2))
     kept = "".join(p.read_text() for p in tmp_path.rglob("*.json"))
     for text in (reply.error, repr(endpoint), kept, caplog.text, str(endpoint.report())):
         assert KEY not in text
-    assert server.keys == {f"Bearer {KEY}"}
+    assert server.keys == {KEY}
 
 
 def test_an_unreachable_server_is_a_failure(tmp_path):
     endpoint = Endpoint("http://127.0.0.1:9/v1", "m", max_retries=1, backoff=0.01)
     assert "2 tries" in endpoint.ask(question(1)).error
+
+
+def test_tokens_of_refused_answers_are_paid_for_and_unsaid_ones_are_not(serve):
+    """An answer that `parse` refuses costs as much; a server may not say what it took."""
+    endpoint = Endpoint(serve().url, "m", max_retries=1, backoff=0.01)
+    assert "asked for" in endpoint.ask(question(1), json_list).error
+    assert endpoint.report()["prompt_tokens"] == 20
+    bare = json.dumps({"choices": [{"message": {"content": "yes"}}], "usage": {"tokens": 3}})
+    with ScriptedEndpoint(lambda payload, key: Raw(bare)) as server:
+        endpoint = Endpoint(server.url, "m")
+        assert endpoint.ask(question(1)).text == "yes"
+    assert endpoint.report() == {"answered": 1, "dollars": 0.0}
+
+
+def json_list(text):
+    if not isinstance(json.loads(text), list):
+        raise ValueError("expected a list")
 
 
 def test_price(serve):
