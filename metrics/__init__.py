@@ -6,6 +6,7 @@ from typing import Any
 _WHERE = {
     "amber": "amber.scoring",
     "chair": "chair.scoring",
+    "gavie": "gavie.scoring",
     "mementos": "mementos.scoring",
     "mmhal": "mmhal.scoring",
     "pope": "pope.scoring",

@@ -10,6 +10,9 @@ METRICS = Path(__file__).parents[2] / "metrics"
 USES = {
     "amber": "compute(predictions=['cats'], references=[1], data={'annotations': [{'id': 1, 'type':"
     " 'generative', 'truth': [], 'hallu': ['cat']}], 'relation': {'cat': []}})['amber_cog'] == 1",
+    "gavie": "compute(predictions=['a'], questions=['b'], regions=[[{'caption': 'c', 'bbox': [0, 0,"
+    """ 9, 9]}]], replies=['{"relevance_reason": "", "relevance": 3, "accuracy_reason": "","""
+    """ "accuracy": 2}'])['gavie_accuracy'] == 2""",
     "mementos": "compute(predictions=['dog'], references=['dogs'], keywords={'objects': [['dog']],"
     " 'behaviours': []})['mementos_objects_f1'] == 1",
     "mmhal": "compute(predictions=['a'], references=['b'], questions=['c'], replies="

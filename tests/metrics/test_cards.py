@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 METRICS = Path(__file__).parents[2] / "metrics"
-NAMES = ["amber", "chair", "mementos", "mmhal", "pope", "visual_reliance"]
+NAMES = ["amber", "chair", "gavie", "mementos", "mmhal", "pope", "visual_reliance"]
+MARKS = {"relevance_reason": "", "relevance": 9, "accuracy_reason": "", "accuracy": 0}
 
 
 @pytest.fixture
@@ -57,6 +58,12 @@ def test_evaluate_gives_what_the_function_gives(name, in_checkout):
             },
         },
         "chair": {"predictions": ["A dog, a cat."], "references": [["dog"]]},
+        "gavie": {
+            "predictions": ["A dog."],
+            "questions": ["Describe."],
+            "regions": [[{"caption": "a red car", "bbox": [1, 2, 30, 40]}]],
+            "replies": [json.dumps(MARKS)],
+        },
         "mementos": {
             "predictions": ["A dog, a cat."],
             "references": ["A dog."],
@@ -79,6 +86,7 @@ def test_evaluate_gives_what_the_function_gives(name, in_checkout):
     expected = {
         "amber": {"amber_chair": 0.5, "amber_cog": 1.0},
         "chair": {"chair_i": 0.5, "n_mentions": 2},
+        "gavie": {"gavie_relevance": 9.0, "gavie_accuracy": 0.0},
         "mementos": {"mementos_objects_precision": 0.5, "n_bare_behaviours": 1},
         "mmhal": {"mmhal_score": 1.0, "mmhal_hallucination_rate": 1.0},
         "pope": {"pope_accuracy": 0.0, "n_unparsed": 1},
@@ -103,8 +111,8 @@ import sys, time
 start = time.perf_counter()
 import firsthand.metrics
 bare = time.perf_counter() - start
-from firsthand.metrics import amber, chair, mementos, mmhal, pope, visual_reliance
-assert amber.score and mementos.score and mmhal.score
+from firsthand.metrics import amber, chair, gavie, mementos, mmhal, pope, visual_reliance
+assert amber.score and gavie.score and mementos.score and mmhal.score
 from firsthand.metrics import chair as again
 assert chair.score and pope.score and visual_reliance.score and again.score
 heavy = {"torch", "transformers", "evaluate", "datasets", "pandas"} & set(sys.modules)
