@@ -72,7 +72,7 @@ def _measure_key_expressions(metrics: argparse._SubParsersAction) -> None:
     parser.set_defaults(module="measure_key_expressions")
 
 
-COMPARED = ("chair", "pope", "amber", "mementos", "mmhal", "visual-reliance")
+COMPARED = ("chair", "pope", "amber", "mementos", "mmhal", "gqa", "gavie", "visual-reliance")
 
 
 def _measured(parser: argparse.ArgumentParser) -> None:
@@ -136,11 +136,47 @@ def _mementos_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _mmhal_options(parser: argparse.ArgumentParser) -> None:
-    mmhal = parser.add_argument_group("mmhal")
-    mmhal.add_argument("--endpoint", help="the judge's URL; its key is read from OPENAI_API_KEY")
-    mmhal.add_argument("--judge-model", help="the name that the endpoint knows the judge by")
-    mmhal.add_argument("--cache", help="folder of answered requests; beside --out if absent")
+def _judge_options(parser: argparse.ArgumentParser) -> None:
+    judge = parser.add_argument_group("judge, of mmhal, gqa and gavie")
+    judge.add_argument("--endpoint", help="the judge's URL; its key is read from OPENAI_API_KEY")
+    judge.add_argument("--judge-model", help="the name that the endpoint knows the judge by")
+    judge.add_argument("--cache", help="folder of answered requests; beside --out if absent")
+    judge.add_argument(
+        "--price",
+        nargs=2,
+        type=float,
+        default=(0.0, 0.0),
+        metavar=("PROMPT", "COMPLETION"),
+        help="US dollars per million tokens",
+    )
+
+
+def _gavie_options(parser: argparse.ArgumentParser) -> None:
+    gavie = parser.add_argument_group("gavie")
+    gavie.add_argument(
+        "--regions", help="dense captions: vg_annotation.json, region_descriptions.json or `scenes`"
+    )
+    gavie.add_argument("--offline", action="store_true", help="marks by rule, for --regions scenes")
+    gavie.add_argument("--samples", type=int, default=1, help="times that each answer is judged")
+    gavie.add_argument(
+        "--bbox-format",
+        default="fixed",
+        choices=("fixed", "legacy"),
+        help="legacy: widths in place of heights, as published",
+    )
+
+
+def _measure_gavie(metrics: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = metrics.add_parser("gavie", help="a judge's marks for relevance and accuracy, 0 to 10")
+    parser.add_argument(
+        "--mode",
+        default="single",
+        choices=("single", "joint"),
+        help="joint: answers of all files in one prompt, as published",
+    )
+    parser.add_argument("--others", nargs="+", metavar="FILE", help="other models', for joint")
+    parser.add_argument("--seed", type=int, default=0, help="of the answers' order in joint mode")
+    return parser
 
 
 def _measure_compare(metrics: argparse._SubParsersAction) -> None:
@@ -158,7 +194,8 @@ def _measure_compare(metrics: argparse._SubParsersAction) -> None:
     _pope_options(parser)
     _amber_options(parser)
     _mementos_options(parser)
-    _mmhal_options(parser)
+    _judge_options(parser)
+    _gavie_options(parser)
     parser.set_defaults(module="measure_compare", data=None)
 
 
@@ -202,23 +239,28 @@ def _measure(verbs: argparse._SubParsersAction) -> None:
     amber = metrics.add_parser("amber", help="AMBER's descriptions and questions, by exact words")
     mementos = metrics.add_parser("mementos", help="objects and behaviours told of image sequences")
     mmhal = metrics.add_parser("mmhal", help="a judge's rating of answers, from 0 to 6")
+    gqa = metrics.add_parser("gqa", help="a judge's view of whether free answers are right")
+    gavie = _measure_gavie(metrics)
     reliance = _measure_reliance(metrics)
-    for one in (chair, pope, amber, mementos, mmhal, reliance):
+    for one in (chair, pope, amber, mementos, mmhal, gqa, gavie, reliance):
         one.add_argument(
             "--predictions", required=True, help="prediction rows, .jsonl or .jsonl.gz"
         )
         one.add_argument("--arm", default="plain", help="name of the model or method")
         _measured(one)
         one.set_defaults(module="measure", common=False)
+    gavie.set_defaults(module="measure_gavie")
     reliance.set_defaults(module="measure_visual_reliance", skip_bad=False, details=None)
-    for one in (chair, pope, amber, mementos, mmhal):
+    for one in (chair, pope, amber, mementos, mmhal, gqa, gavie):
         one.add_argument("--details", help="write what each row was read as to this JSONL file")
         _answered_by(one)
     _chair_options(chair)
     _pope_options(pope)
     _amber_options(amber)
     _mementos_options(mementos)
-    _mmhal_options(mmhal)
+    for one in (mmhal, gqa, gavie):
+        _judge_options(one)
+    _gavie_options(gavie)
     _measure_key_expressions(metrics)
     _measure_compare(metrics)
     _measure_export(metrics)

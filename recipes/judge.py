@@ -17,7 +17,10 @@ from firsthand.processing.endpoint import Endpoint, Message
 
 
 def judge_of(
-    endpoint: Endpoint, parse: Callable[[str], Any] | None = None, **settings: Any
+    endpoint: Endpoint,
+    parse: Callable[[str], Any] | None = None,
+    failures: list[str] | None = None,
+    **settings: Any,
 ) -> Callable[[list[list[Message]]], list[str | None]]:
     """A function that asks the endpoint all requests at once and returns its replies, in order.
 
@@ -26,11 +29,14 @@ def judge_of(
     Args:
         endpoint: asked; its `report()` tells what that took.
         parse: raises ValueError on a reply that is not as asked for, which is then asked again.
+        failures: the reason of each request that fails is appended.
         settings: temperature, max_tokens, response_format, ... of every request.
     """
 
     def judge(requests: list[list[Message]]) -> list[str | None]:
         replies = endpoint.ask_many(requests, parse, **settings)
+        if failures is not None:
+            failures.extend(reply.error for reply in replies if reply.error)
         return [None if reply.error else reply.text for reply in replies]
 
     return judge

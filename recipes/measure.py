@@ -1,4 +1,4 @@
-"""`firsthand measure chair|pope|amber|mementos|mmhal|...`: score prediction rows from a file.
+"""`firsthand measure chair|pope|amber|mementos|mmhal|gqa|...`: score prediction rows from a file.
 
 What it is: files in, figures with intervals out; each metric is a function of `metrics/`, wired
 here to its options. What it is not: a metric, or a model runner (visual reliance asks before it
@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from firsthand.metrics import amber, chair, mementos, mmhal, pope, results, visual_reliance
+from firsthand.metrics import amber, chair, gavie, mementos, mmhal, pope, results, visual_reliance
+from firsthand.metrics.gavie import gqa
 from firsthand.processing.endpoint import Endpoint
 from firsthand.recipes.inputs import read_rows, write_rows
 from firsthand.recipes.judge import judge_of
@@ -77,7 +78,7 @@ def ground_truth(args: argparse.Namespace, lexicon: chair.Lexicon) -> Mapping[An
     return chair.objects_from_coco(args.coco_instances, captions, lexicon, args.variant)
 
 
-def _answered_by(args: argparse.Namespace) -> dict[str, Any]:
+def answered_by(args: argparse.Namespace) -> dict[str, Any]:
     """What the user says of how the answers were made, for the protocol."""
     return {"decoding": args.decoding, "max_new_tokens": args.max_new_tokens}
 
@@ -109,8 +110,8 @@ def _score_captions(
             budget = f"cut at recall {args.at_recall:g}"
         about["variant"] += f", {budget}"
     ids = dict.fromkeys(pairs, [row["id"] for row in good])
-    about |= _answered_by(args) | {"truth_hash": _truth_hash(objects, good)}
-    return Measured(scores, pairs, ids, about, captions + skipped, _images(good))
+    about |= answered_by(args) | {"truth_hash": _truth_hash(objects, good)}
+    return Measured(scores, pairs, ids, about, captions + skipped, images_of(good))
 
 
 def _truth_hash(objects: Mapping[Any, list[str]], rows: list[Row]) -> str:
@@ -143,7 +144,7 @@ def _fraction(value: float, denominator: int) -> tuple[float, int]:
     return (0.0, 0) if math.isnan(value) else (value * denominator, denominator)
 
 
-def _images(rows: Iterable[Row]) -> dict[Any, Any]:
+def images_of(rows: Iterable[Row]) -> dict[Any, Any]:
     """id -> image of rows; an id of its own where a row names none."""
     return {row.get("id"): row.get("image_id", row.get("id")) for row in rows}
 
@@ -163,7 +164,7 @@ def _scored(
     details = scores.pop(listed) + scores.pop("skipped", [])
     pairs = module.pairs(rows, *truth, **options)
     ids = module.pair_ids(rows, *truth, **options)
-    return Measured(scores, pairs, ids, about | _answered_by(args), details, _images(rows))
+    return Measured(scores, pairs, ids, about | answered_by(args), details, images_of(rows))
 
 
 def _pope(args: argparse.Namespace) -> Scorer:
@@ -199,27 +200,30 @@ def _mementos(args: argparse.Namespace) -> Scorer:
     return score
 
 
-def _mmhal(args: argparse.Namespace) -> Scorer:
-    endpoint = _endpoint(args)
-    about = {"variant": f"judge {args.judge_model}, prompt {mmhal.PROMPT_HASH}"}
+def _judged(metric: ModuleType, args: argparse.Namespace) -> Scorer:
+    """The scorer of a metric whose rows a judge rates one by one: mmhal, gqa."""
+    endpoint = endpoint_of(args)
+    about = {"variant": f"judge {args.judge_model}, prompt {metric.PROMPT_HASH}"}
 
     def score(rows: list[Row]) -> Measured:
-        rated = mmhal.rate(rows, _judge(endpoint), args.skip_bad)
+        failures: list[str] = []
+        rated = metric.rate(rows, _judge(endpoint, metric, failures), args.skip_bad)
         unread = [row["unparsed"] for row in rated if "unparsed" in row]
-        if unread and not any("rating" in row for row in rated):
-            raise ValueError(f"{args.endpoint} rated none of {len(unread)} answers: {unread[0]}")
+        if unread and all(row.get("error") or row.get("unparsed") for row in rated):
+            why = (failures or unread)[0]
+            raise ValueError(f"{args.endpoint} rated none of {len(unread)} answers: {why}")
         if endpoint:
             print(f"requests: {endpoint.report()}")
         options = {"skip_bad": args.skip_bad}
-        scores = mmhal.score(rated, **options)
+        scores = metric.score(rated, **options)
         scores.pop("skipped", None)
-        pairs, ids = mmhal.pairs(rated, **options), mmhal.pair_ids(rated, **options)
-        return Measured(scores, pairs, ids, about | _answered_by(args), rated, _images(rows))
+        pairs, ids = metric.pairs(rated, **options), metric.pair_ids(rated, **options)
+        return Measured(scores, pairs, ids, about | answered_by(args), rated, images_of(rows))
 
     return score
 
 
-def _endpoint(args: argparse.Namespace) -> Endpoint | None:
+def endpoint_of(args: argparse.Namespace) -> Endpoint | None:
     """The judge's endpoint, its key from the environment; None where none was named."""
     if not args.endpoint:
         return None
@@ -227,12 +231,15 @@ def _endpoint(args: argparse.Namespace) -> Endpoint | None:
         raise ValueError("--endpoint needs --judge-model, the name of the judge there")
     beside = Path(args.out).parent / "requests" if args.out else None
     key = os.environ.get("OPENAI_API_KEY")
-    return Endpoint(args.endpoint, args.judge_model, key, cache_dir=args.cache or beside)
+    cache, price = args.cache or beside, tuple(args.price)
+    return Endpoint(args.endpoint, args.judge_model, key, cache_dir=cache, price=price)
 
 
-def _judge(endpoint: Endpoint | None) -> Callable[[list[Any]], Any]:
+def _judge(
+    endpoint: Endpoint | None, metric: ModuleType, failures: list[str]
+) -> Callable[[list[Any]], Any]:
     if endpoint is not None:
-        return judge_of(endpoint, mmhal.parse, **mmhal.SETTINGS)
+        return judge_of(endpoint, metric.parse, failures, **metric.SETTINGS)
 
     def absent(requests: list[Any]) -> Any:
         raise ValueError(
@@ -240,6 +247,12 @@ def _judge(endpoint: Endpoint | None) -> Callable[[list[Any]], Any]:
         )
 
     return absent
+
+
+def _gavie(args: argparse.Namespace) -> Scorer:
+    from firsthand.recipes.measure_gavie import scorer
+
+    return scorer(args)
 
 
 def _reliance(args: argparse.Namespace) -> Scorer:
@@ -251,7 +264,7 @@ def _reliance(args: argparse.Namespace) -> Scorer:
     def score(rows: list[Row]) -> Measured:
         scores, pairs = visual_reliance.score(rows), visual_reliance.pairs(rows)
         ids = visual_reliance.pair_ids(rows)
-        return Measured(scores, pairs, ids, about, [], _images(rows))
+        return Measured(scores, pairs, ids, about, [], images_of(rows))
 
     return score
 
@@ -261,7 +274,9 @@ MEASURES: dict[str, Callable[[argparse.Namespace], Scorer]] = {
     "pope": _pope,
     "amber": _amber,
     "mementos": _mementos,
-    "mmhal": _mmhal,
+    "mmhal": partial(_judged, mmhal),
+    "gqa": partial(_judged, gqa),
+    "gavie": _gavie,
     "visual-reliance": _reliance,
 }
 NEEDED = {
@@ -270,6 +285,8 @@ NEEDED = {
     "amber": {"id"},
     "mementos": {"id", "image_id"},
     "mmhal": {"id", "question", "answer"},
+    "gqa": {"id", "question", "answer"},
+    "gavie": {"id", "image_id", "question"},
     "visual-reliance": {"id", "image_id", "condition"},
 }
 
@@ -294,6 +311,8 @@ def read_predictions(args: argparse.Namespace, metric: str, path: str) -> list[R
         return amber.read_responses(path)
     if metric == "mmhal" and path.endswith((".json", ".json.gz")):
         return mmhal.from_records(read_json(path))
+    if metric == "gavie" and path.endswith((".json", ".json.gz")):
+        return gavie.from_records(read_json(path))
     try:
         rows = read_rows(path)
     except (EOFError, zlib.error) as error:
@@ -312,7 +331,7 @@ def read_predictions(args: argparse.Namespace, metric: str, path: str) -> list[R
 
 
 def _require_fields(where: str, metric: str, needed: set[str], row: Row) -> None:
-    if not {"error", "score", "rating"} & set(row):
+    if not {"error", "score", "rating", "ratings", "correct"} & set(row):
         needed = needed | {"prediction"}
         needed |= {"answer"} if metric == "visual-reliance" else set()
     if missing := needed - set(row):

@@ -6,7 +6,7 @@ word. What it is not: GQA's own accuracy, which is exact match; nor the original
 two models' answers side by side: here each has its own.
 
     from firsthand.metrics.gavie import gqa
-    rated = gqa.rate(rows, judge_of(endpoint, gqa.parse, **gavie.SETTINGS))
+    rated = gqa.rate(rows, judge_of(endpoint, gqa.parse, **gqa.SETTINGS))
     gqa.score(rated)
 """
 
@@ -18,9 +18,18 @@ from typing import Any
 import numpy as np
 
 from .prompts import Message, Row
-from .scoring import Judge, ratio, sort_rows
+from .scoring import SETTINGS, Judge, ratio, sort_rows
 
-__all__ = ["PROMPT_HASH", "build_requests", "pair_ids", "pairs", "parse", "rate", "score"]
+__all__ = [
+    "PROMPT_HASH",
+    "SETTINGS",
+    "build_requests",
+    "pair_ids",
+    "pairs",
+    "parse",
+    "rate",
+    "score",
+]
 
 NAME = "gqa_judged_accuracy"
 SYSTEM = """\
