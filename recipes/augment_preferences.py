@@ -26,13 +26,12 @@ from firsthand.recipes.stages import Dropped, Row, Step, keep_plan, run_stages
 TURNS = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 
 
-def features() -> Any:
-    """The builder's columns of preferences, and `margin` and `weight`."""
+def features(weights: bool) -> Any:
+    """The builder's columns of preferences, `margin`, and `weight` where pairs are weighed."""
     from datasets import Features, Value
 
-    return Features(
-        {**sima.features("preferences"), "margin": Value("float32"), "weight": Value("float32")}
-    )
+    more = ("margin", "weight") if weights else ("margin",)
+    return Features({**sima.features("preferences"), **{n: Value("float32") for n in more}})
 
 
 class Prefer(Step):
@@ -42,7 +41,7 @@ class Prefer(Step):
         clean_only: only responses that the scorer calls free of hallucination may be chosen (arXiv
             2512.00706).
         min_margin: least difference between the scores of chosen and rejected.
-        mean_margin: a pair weighs its margin over this one; None: every pair weighs 1.
+        mean_margin: `weight` is the margin over this one.
     """
 
     columns: ClassVar[dict[str, pa.DataType]] = {
@@ -51,7 +50,7 @@ class Prefer(Step):
         **{name: pa.float32() for name in ("margin", "weight")},
     }
 
-    def __init__(self, clean_only: bool, min_margin: float, mean_margin: float | None) -> None:
+    def __init__(self, clean_only: bool, min_margin: float, mean_margin: float) -> None:
         super().__init__()
         self.clean_only, self.min_margin = clean_only, min_margin
         self.mean_margin = mean_margin
@@ -72,7 +71,7 @@ class Prefer(Step):
             "chosen_source": one["source"],
             "verdict": f"{one['source']} over {other['source']}",
             "margin": margin,
-            "weight": 1.0 if self.mean_margin is None else margin / self.mean_margin,
+            "weight": margin / self.mean_margin,
         }
 
     def _choosable(self, row: Row, scores: dict[int, float]) -> list[int]:
@@ -122,7 +121,8 @@ def prefer(
         data: what `augment critique` wrote.
         out: a folder of its own.
         clean_only, min_margin: see Prefer.
-        weights: weigh a pair by its margin over the mean margin; else all weigh 1.
+        weights: add `weight`, a pair's margin over the mean margin, which the trainer multiplies
+            its loss by.
         split: of the Hub's data set.
         workers: shards of 256 rows under way at once.
 
@@ -142,8 +142,8 @@ def prefer(
     keep_plan(
         out / "state" / "about.json", {"data": conversations.fingerprint(data, split), **settings}
     )
-    step = Prefer(clean_only, min_margin, mean_margin(source) if weights else None)
-    columns = features()
+    step = Prefer(clean_only, min_margin, mean_margin(source))
+    columns = features(weights)
     counts = run_stages(source, out, [step], workers, kept=columns.arrow_schema)
     told = {**counts, **{f"dropped: {k}": n for k, n in conversations.reasons(out).items()}}
     about = f"Made by firsthand from a model's own responses. Settings: `{json.dumps(settings)}`."

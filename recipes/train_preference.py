@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from PIL import Image
+from trl import DPOTrainer
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 
 from firsthand.recipes.inputs import keep_skipped, load_model, load_rows, usable_rows
@@ -52,6 +53,7 @@ class RecipeArguments:
     train: Train = field(default="lora", metadata={"help": "lora or full"})
     lora_rank: int = field(default=128, metadata={"help": "rank of LoRA"})
     lora_alpha: int = field(default=256, metadata={"help": "alpha of LoRA"})
+    stock: bool = field(default=False, metadata={"help": "train with TRL's own DPOTrainer"})
 
     def __post_init__(self) -> None:
         if self.train not in get_args(Train):
@@ -211,14 +213,31 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def run(recipe: RecipeArguments, settings: SharedImageDPOConfig) -> SharedImageDPOTrainer:
+def check_stock(settings: SharedImageDPOConfig, rows: Any) -> None:
+    """Raises ValueError where something is asked for that TRL's own trainer does not have."""
+    asked = {
+        "image_preference_weight": settings.image_preference_weight != 0,
+        "anchor_weight": settings.anchor_weight != 0,
+        "image_reference_weight": settings.image_reference_weight != 1,
+        "the column weight": "weight" in rows.column_names,
+    }
+    if found := [name for name, on in asked.items() if on]:
+        raise ValueError(f"TRL's own trainer knows no {', '.join(found)}: leave out stock or these")
+
+
+def run(recipe: RecipeArguments, settings: SharedImageDPOConfig) -> DPOTrainer:
     """Train, and save the adapter (or model) and its processor into `settings.output_dir`.
 
     Pairs that cannot be trained on are left out and listed in `skipped.jsonl` there.
+
+    Raises:
+        ValueError: for options that exclude each other, or rows that cannot be trained on.
     """
     from peft import LoraConfig
 
     rows = load_pairs(recipe.data, recipe.split)
+    if recipe.stock:
+        check_stock(settings, rows)
     check_adapters(recipe.start or [])
     model, processor = load_model(recipe.model)
     context = model.config.get_text_config().max_position_embeddings
@@ -235,7 +254,7 @@ def run(recipe: RecipeArguments, settings: SharedImageDPOConfig) -> SharedImageD
     else:
         model = make_trainable(model, "full")
     set_precision(model, bool(settings.bf16))
-    trainer = SharedImageDPOTrainer(
+    trainer = (DPOTrainer if recipe.stock else SharedImageDPOTrainer)(
         model,
         args=settings,
         train_dataset=rows.select(kept),

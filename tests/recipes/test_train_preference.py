@@ -236,3 +236,17 @@ def test_accelerate_launches_it(saved, parquet, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_stock_trains_the_same_adapter(saved, parquet, tmp_path):
+    for name in ("ours", "stock"):
+        given = settings(saved, parquet, tmp_path / name, "--stock", str(name == "stock"))
+        train_preference.run(*given)
+    ours, stock = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "stock")
+    )
+    assert ours.keys() == stock.keys()
+    assert all(torch.allclose(ours[name], stock[name], atol=1e-5) for name in ours)
+    given = settings(saved, parquet, tmp_path, "--stock", "true", "--anchor_weight", "1")
+    with pytest.raises(ValueError, match="knows no anchor_weight"):
+        train_preference.run(*given)
