@@ -230,15 +230,21 @@ def _window(
 
 @torch.inference_mode()
 def next_token_log_probabilities(
-    model: Any, processor: Any, rows: list[Row], options: Sequence[str], batch_size: int = 8
+    model: Any,
+    processor: Any,
+    rows: Iterable[Row],
+    options: Sequence[str],
+    batch_size: int = 8,
+    total: int | None = None,
 ) -> Iterator[list[float]]:
     """How probable each option is as the next token after a row's prompt and its `start`.
 
     Args:
         model, processor: as in `generate_answers`; the model should be in eval mode.
-        rows: `image_id, image (PIL), question, start`.
+        rows: `image_id, image (PIL), question, start`; one batch of them is held at a time.
         options: texts that are one token each after the rows' `start`.
         batch_size: rows in one forward pass.
+        total: how many rows there are, for the progress bar.
 
     Yields:
         The natural logarithms of the options' probabilities, for each row in order.
@@ -246,13 +252,14 @@ def next_token_log_probabilities(
     Raises:
         ValueError: where the tokenizer does not make one token of an option.
     """
-    features = shared_features(model)
-    for at in tqdm(range(0, len(rows), batch_size), desc="choosing", unit="batch"):
-        batch = rows[at : at + batch_size]
-        wanted = [[_token_after(processor, r["start"], o) for o in options] for r in batch]
-        inputs = _inputs(model, processor, batch, features)
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
-        yield from logits.gather(-1, torch.tensor(wanted, device=logits.device)).tolist()
+    features, source = shared_features(model), iter(rows)
+    with tqdm(total=total, desc="choosing", unit="row") as bar:
+        while batch := list(islice(source, batch_size)):
+            wanted = [[_token_after(processor, r["start"], o) for o in options] for r in batch]
+            inputs = _inputs(model, processor, batch, features)
+            logits = model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+            bar.update(len(batch))
+            yield from logits.gather(-1, torch.tensor(wanted, device=logits.device)).tolist()
 
 
 def _token_after(processor: Any, start: str, option: str) -> int:

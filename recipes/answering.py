@@ -106,13 +106,16 @@ class Answerer:
         cache = AnswerCache(self.cache)
         keys = [cache.key([self._identity(r), start, list(options)]) for r in requests]
         missing = {k: r for k, r in zip(keys, requests, strict=True) if cache.get(k) is None}
-        rows = [self._row(key, request) | {"start": start} for key, request in missing.items()]
-        if rows:
+        if missing:
             found = next_token_log_probabilities(
-                *opened_model(self.model), rows, options, self.batch_size
+                *opened_model(self.model),
+                (self._row(key, request) | {"start": start} for key, request in missing.items()),
+                options,
+                self.batch_size,
+                len(missing),
             )
-            for row, values in zip(rows, found, strict=True):
-                cache.put(row["id"], json.dumps(values), question=row["question"])
+            for (key, request), values in zip(missing.items(), found, strict=True):
+                cache.put(key, json.dumps(values), question=request.text)
         texts = [cache.get(key) or "" for key in keys]
         return [Reply(text, json.loads(text)) for text in texts]
 

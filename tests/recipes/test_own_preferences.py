@@ -328,26 +328,44 @@ def files(folder: Path) -> dict:
     }
 
 
-def test_a_killed_run_generates_nothing_twice(saved, tmp_path):
-    data = prompts(tmp_path, 270)
-    assert cli.main(command(saved, data, tmp_path / "whole")) == 0
-    assert len(files(tmp_path / "whole")) == 4
-    out = tmp_path / "killed"
+def killed_when(out: Path, enough: int, arguments: list[str]) -> dict:
+    """Run the command line, kill it at `enough` answers; their files and times."""
     running = subprocess.Popen(
-        [sys.executable, "-m", "firsthand.recipes.cli", *command(saved, data, out)],
+        [sys.executable, "-m", "firsthand.recipes.cli", *arguments],
         start_new_session=True,
         stderr=subprocess.DEVNULL,
         env=os.environ,
     )
     limit = time.monotonic() + 120
-    while len(list(out.glob("state/answers/*/*.json"))) < 100:
+    while len(list(out.glob("state/answers/*/*.json"))) < enough:
         assert running.poll() is None and time.monotonic() < limit, "it never got there"
         time.sleep(0.005)
     os.killpg(running.pid, signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL and not (out / "data").exists()
-    before = {p: p.stat().st_mtime_ns for p in out.glob("state/answers/*/*.json")}
+    return {p: p.stat().st_mtime_ns for p in out.glob("state/answers/*/*.json")}
+
+
+def test_a_killed_run_generates_nothing_twice(saved, tmp_path):
+    data = prompts(tmp_path, 270)
+    assert cli.main(command(saved, data, tmp_path / "whole")) == 0
+    assert len(files(tmp_path / "whole")) == 4
+    out = tmp_path / "killed"
+    before = killed_when(out, 100, command(saved, data, out))
     assert 100 <= len(before) < 3 * 270
     assert cli.main(command(saved, data, out)) == 0
+    assert all(p.stat().st_mtime_ns == time_ for p, time_ in before.items())
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_killed_critique_asks_nothing_twice(saved, tmp_path):
+    data = responses(tmp_path, {f"What is {i}?": ["a cat.", "a dog."] for i in range(40)})
+    critic = ["augment", "critique", "--data", str(data), "--model", str(saved), "--reading"]
+    critic += ["choice", "--max-new-tokens", "2", "--batch-size", "2", "--out"]
+    assert cli.main([*critic, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "killed"
+    before = killed_when(out, 10, [*critic, str(out)])
+    assert 10 <= len(before) < 80
+    assert cli.main([*critic, str(out)]) == 0
     assert all(p.stat().st_mtime_ns == time_ for p, time_ in before.items())
     assert files(out) == files(tmp_path / "whole")
 
