@@ -20,13 +20,14 @@ from firsthand.processing import critic
 from firsthand.processing.endpoint import Reply
 from firsthand.processing.generation import build_prompt, prepare_inputs
 from firsthand.processing.support import word_log_likelihoods
-from firsthand.recipes import answering, cli, scorers
+from firsthand.recipes import answering, cli, scorers, train_preference
 from firsthand.recipes.answering import Answerer, Request
 from firsthand.recipes.augment_critique import Criticise, Critique, Rate, critique
 from firsthand.recipes.augment_preferences import prefer
 from firsthand.recipes.augment_responses import respond
 from firsthand.recipes.inputs import stored_image
 
+ROOT = Path(__file__).parents[2]
 CONTEXT = 4096
 CAPTIONS = ["a dog.", "a dog, a cat.", "a cat."]
 
@@ -436,3 +437,37 @@ def test_evidence_is_what_the_model_sees_of_object_words(saved, tmp_path):
     expected = one + two + 0.5 * sum(min(n, ceiling) for n in nats)
     assert found[0].value == pytest.approx(expected)
     assert found == [(found[0].value, False), (0.0, True)]
+
+
+EXTRA = {  # what makes the documented commands small
+    "augment responses": "--max-new-tokens 6 --candidates 2",
+    "augment critique": "--reading choice --max-new-tokens 2",
+    "recipes.train_preference": "--max_steps 2 --lora_rank 4 --use_cpu true",
+}
+
+
+def test_the_documented_commands_run(saved, tmp_path, monkeypatch):
+    prompts(tmp_path, 8)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "self_preference.md").read_text("utf-8")
+    lines = page.split("```")[1].replace("\\\n", " ").strip().splitlines()
+    places = {
+        "llava-hf/llava-1.5-7b-hf": str(saved),
+        "train2017": "images",
+        "prompts.jsonl": "p.jsonl",
+    }
+    places |= {"recipes/configs": str(ROOT / "recipes" / "configs"), "--out prompts": "--out rows"}
+    assert len(lines) == 6
+    for line in lines:
+        for name, place in places.items():
+            line = line.replace(name, place)
+        line = line.replace("--data prompts", "--data rows")
+        line += "".join(f" {more}" for name, more in EXTRA.items() if name in line)
+        program, *arguments = line.split()
+        if program == "firsthand":
+            assert cli.main(arguments) == 0, line
+        elif program == "python":
+            sima.main(arguments[2:])
+        else:
+            train_preference.run(*train_preference.parse(arguments[3:]))
+    assert (tmp_path / "merged" / "config.json").exists()
