@@ -40,6 +40,7 @@ from firsthand.recipes.trainers.image_preference import HAS_IMAGE, REFERENCE, TE
 from firsthand.recipes.trainers.preference_collator import Images, SharedImageCollator
 from firsthand.recipes.trainers.shared_prefix import IGNORE, additive, pack, unpack
 
+BOTH_WAYS = ("gemma3", "paligemma")  # families whose mask is not causal everywhere
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -126,9 +127,14 @@ def check_shareable(model: nn.Module) -> None:
         reason = f"{text._attn_implementation} takes no mask of its own; load it with sdpa"
     elif family.grids is not None:
         reason = "its images have shapes of their own"
+    elif family.qformer is not None:
+        reason = "its image is read by a Q-Former, with inputs of its own"
+    elif family.model_type in BOTH_WAYS:
+        reason = "its prompt or its image tokens are read in both directions"
     if reason:
         raise ValueError(
-            f"{kind!r} cannot train with shared images: {reason}. Use trl.DPOTrainer for it."
+            f"{kind!r} cannot train with shared images: {reason}. Use trl.DPOTrainer for it "
+            "(the recipe's `stock`)."
         )
 
 

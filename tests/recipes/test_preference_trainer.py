@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TINY, tiny_image, tiny_processor
+from tiny_models import PARTIAL, TINY, tiny_image, tiny_processor
 
 from firsthand.modeling.families import family_of, unwrap, vision_layers
 from firsthand.recipes.trainers.shared_prefix import additive, pack, unpack
@@ -59,7 +59,7 @@ def lora(target: str = "q_proj|v_proj|down_proj", **changes) -> peft.LoraConfig:
 
 
 def trainer_of(ours: bool, family: str, out, dataset, adapter=None, ref=False, **changes):
-    model = TINY[family]()
+    model = (TINY | PARTIAL)[family]()
     model.requires_grad_(True)
     fixed = dict(
         output_dir=str(out), use_cpu=True, bf16=False, report_to="none", max_steps=2,
@@ -218,7 +218,18 @@ def test_evaluation_and_the_columns_of_the_reference(tmp_path):
     assert not encoder_trains(trainer.model)
 
 
-@pytest.mark.parametrize(("family", "reason"), [("qwen2_5_vl", "mRoPE"), ("qwen2_vl", "mRoPE")])
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("qwen2_5_vl", "mRoPE"),
+        ("qwen2_vl", "mRoPE"),
+        ("qwen3_vl", "mRoPE"),
+        ("gemma3", "window|both directions"),
+        ("paligemma", "both directions"),
+        ("blip-2", "Q-Former"),
+        ("instructblip", "Q-Former"),
+    ],
+)
 def test_families_that_cannot_share_are_refused_before_training(family, reason, tmp_path):
     with pytest.raises(ValueError, match=f"'{family}'.*{reason}.*trl.DPOTrainer"):
         trainer_of(True, family, tmp_path, pairs(), lora())
