@@ -1,5 +1,5 @@
-"""The command line: `firsthand <verb>`; every parser stands here and every handler is imported
-late.
+"""The command line: `firsthand <verb>`; every parser stands here or in `cli_lrv`, and every handler
+is imported late.
 
 What it is: argparse and one dispatch. What it is not: a place for work; verbs live in the module
 that their parser names.
@@ -14,6 +14,8 @@ import os
 import sys
 from importlib import import_module
 from typing import Any
+
+from firsthand.recipes import cli_lrv
 
 EXPECTED = (ValueError, OSError, ImportError)  # the user's input or machine, not our bug
 
@@ -231,6 +233,12 @@ def _measure_lmms_eval(metrics: argparse._SubParsersAction) -> None:
     parser.set_defaults(module="measure_lmms_eval")
 
 
+def _measure_answers(metrics: argparse._SubParsersAction) -> None:
+    parser = metrics.add_parser("answers", help="a model's answers, as prediction rows")
+    _answering(parser, 64)
+    cli_lrv.measure_answers(parser)
+
+
 def _measure(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("measure", help="score prediction rows, compare and export results")
     metrics = parser.add_subparsers(dest="metric", required=True, metavar="METRIC")
@@ -265,6 +273,7 @@ def _measure(verbs: argparse._SubParsersAction) -> None:
     _measure_compare(metrics)
     _measure_export(metrics)
     _measure_lmms_eval(metrics)
+    _measure_answers(metrics)
 
 
 def _explain(verbs: argparse._SubParsersAction) -> None:
@@ -429,7 +438,10 @@ def _augment_preferences(kinds: argparse._SubParsersAction) -> None:
 def _augment(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("augment", help="make training data out of conversations")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for add in (_augment_responses, _augment_critique, _augment_preferences):
+    for add in (
+        *(_augment_responses, _augment_critique, _augment_preferences),
+        cli_lrv.augment_lrv,
+    ):
         add(kinds)
     fivl = kinds.add_parser("fivl", help="key expressions of answers and their masks")
     fivl.add_argument("--data", required=True, help="LLaVA-format JSON(L), Parquet or Hub id")

@@ -61,12 +61,17 @@ def write_source(data: str, out: str | Path, split: str = "train") -> Path:
     Raises:
         ValueError: where there are no records, or a .json file is not a list.
     """
+    rows = _json_rows(Path(data)) if data.endswith(JSON_FILES) else dataset_rows(data, split)
+    return write_records(rows, data, out)
+
+
+def write_records(rows: Iterator[dict[str, Any]], data: str, out: str | Path) -> Path:
+    """Rows of the schema SOURCE, read from `data`, as Parquet; as `write_source` does."""
     out, aside = Path(out), Path(out).with_name("source.aside")
     if out.exists():
         return out
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    rows = _json_rows(Path(data)) if data.endswith(JSON_FILES) else _dataset_rows(data, split)
     number = 0
     while chunk := list(islice(rows, FILE_ROWS)):
         table = pa.Table.from_pylist(chunk, schema=SOURCE)
@@ -103,7 +108,7 @@ def _starts_a_list(file: Any) -> bool:
     return first == "["
 
 
-def _dataset_rows(data: str, split: str) -> Iterator[dict[str, Any]]:
+def dataset_rows(data: str, split: str) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file or folder, or of the Hub, images as they are stored."""
     from datasets import Image, load_dataset
 
