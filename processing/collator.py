@@ -43,7 +43,96 @@ def word_token(tokenizer: Any, word: str) -> int:
     return encoded.input_ids[encoded.char_to_token(2)]
 
 
-class VisionLabelCollator:
+class AnswerCollator:
+    """Conversations about images -> a padded batch whose labels are the answers' tokens.
+
+    A sample is `{id, image (PIL), turns: [{question, answer, ...}]}`. One whose image is None is
+    text only: its answers are learnt like all others, its questions are not.
+
+    Args:
+        processor: the model's own, with a chat template and a fast tokenizer.
+
+    Raises:
+        ValueError: for a processor without a chat template.
+    """
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        if processor.chat_template is None:
+            raise ValueError("the processor has no chat template: set its chat_template first")
+        self.processor, self.tokenizer = processor, processor.tokenizer
+
+    def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        """The batch of some samples.
+
+        Returns:
+            What the processor gives (input_ids, attention_mask [B, T], pixel_values [B, ...]),
+            padded on the right and never cut, and `labels` (int64 [B, T], -100 for none): answer
+            tokens, each answer's end token included.
+
+        Raises:
+            ValueError: where answers cannot be told from questions.
+        """
+        rendered = [self._render(sample) for sample in samples]
+        images = [[s["image"].convert("RGB")] if s["image"] else [] for s in samples]
+        batch = dict(
+            self.processor(
+                images=images if any(images) else None,
+                text=[text for text, _ in rendered],
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
+            )
+        )
+        batch["labels"] = torch.full_like(batch["input_ids"], IGNORE)
+        for row, (text, ends) in enumerate(rendered):
+            length = int(batch["attention_mask"][row].sum())
+            for start, end in self._answers(text, ends, length):
+                batch["labels"][row, start:end] = batch["input_ids"][row, start:end]
+        return batch
+
+    def _render(self, sample: Sample) -> tuple[str, list[tuple[str, str]]]:
+        """The conversation's text, and for each turn the text up to its answer and through it."""
+        messages: list[dict] = []
+        ends, render = [], self.processor.apply_chat_template
+        for turn in sample["turns"]:
+            content = [{"type": "image"}] if sample["image"] and not messages else []
+            content.append({"type": "text", "text": turn["question"]})
+            messages.append({"role": "user", "content": content})
+            before = render(messages, add_generation_prompt=True)
+            answer = [{"type": "text", "text": turn["answer"]}]
+            messages.append({"role": "assistant", "content": answer})
+            ends.append((before, render(messages)))
+        text = ends[-1][1] if ends else ""
+        if not ends or not all(text.startswith(part) for pair in ends for part in pair):
+            raise ValueError(
+                f"sample {sample['id']!r}: it has no turns, or the chat template writes a turn "
+                "differently when another follows, so answers cannot be told from questions"
+            )
+        return text, ends
+
+    def _answers(self, text: str, ends: list[tuple[str, str]], length: int) -> list[tuple]:
+        """First and last + 1 position of each answer, its end token included, among `length`.
+
+        The image comes before every answer, so the tokens that the processor puts in for it move
+        all answers by the same number.
+        """
+        plain = self.tokenizer(text).input_ids
+        moved, spans = length - len(plain), []
+        for before, through in ends:
+            prompt, whole = self.tokenizer(before).input_ids, self.tokenizer(through).input_ids
+            if plain[: len(prompt)] != prompt or plain[: len(whole)] != whole:
+                raise ValueError(
+                    "the tokenizer joins an answer with the text around it; let the chat template "
+                    "put a special token or a space between"
+                )
+            answer = whole[len(prompt) :]
+            ended = [i for i, t in enumerate(answer, 1) if t == self.tokenizer.eos_token_id]
+            start = len(prompt) + moved
+            spans.append((start, start + (ended[-1] if ended else len(answer))))
+        return spans
+
+
+class VisionLabelCollator(AnswerCollator):
     """Grounded samples -> a padded batch, for `combined_loss`.
 
     A sample is `{id, image (PIL), turns: [{question, answer, expressions: [{nouns, mask, ...}]}]}`.
@@ -93,9 +182,7 @@ class VisionLabelCollator:
         check_causal(config, "vision modeling")
         if family_of(config).grids is None:
             image_grid(config)
-        if processor.chat_template is None:
-            raise ValueError("the processor has no chat template: set its chat_template first")
-        self.processor, self.tokenizer = processor, processor.tokenizer
+        super().__init__(processor)
         self.config, self.image_token = config, image_token_id(config)
         self.frame, self.threshold, self.max_area = frame, threshold, max_area
         self.conflict, self.noun = conflict, noun
@@ -106,34 +193,19 @@ class VisionLabelCollator:
         """The batch of some samples.
 
         Returns:
-            What the processor gives (input_ids, attention_mask [B, T], pixel_values [B, ...]),
-            padded on the right and never cut, and int64 [B, T], -100 for none: `labels` (answer
-            tokens, each answer's end token included) and `vision_labels` (image tokens).
+            What AnswerCollator gives, and `vision_labels` (int64 [B, T], -100 for none), the
+            labels of image tokens.
 
         Raises:
             ValueError: naming the sample, where its mask is not of its image's size, or the
                 processor does not write one image's tokens.
         """
-        rendered = [self._render(sample) for sample in samples]
-        images = [[s["image"].convert("RGB")] if s["image"] else [] for s in samples]
-        batch = dict(
-            self.processor(
-                images=images if any(images) else None,
-                text=[text for text, _ in rendered],
-                padding=True,
-                padding_side="right",
-                return_tensors="pt",
-            )
-        )
+        batch = super().__call__(samples)
         ids, grids = batch["input_ids"], iter(image_grids(self.config, batch))
-        batch["labels"] = torch.full_like(ids, IGNORE)
         batch["vision_labels"] = torch.full_like(ids, IGNORE)
-        for row, (sample, (text, ends)) in enumerate(zip(samples, rendered, strict=True)):
-            length = int(batch["attention_mask"][row].sum())
-            for start, end in self._answers(text, ends, length):
-                batch["labels"][row, start:end] = ids[row, start:end]
+        for row, sample in enumerate(samples):
             on_image = (ids[row] == self.image_token).nonzero()[:, 0]
-            if images[row]:
+            if sample["image"]:
                 labels = self.vision_labels(sample, self._grid(sample, grids, len(on_image)))
                 batch["vision_labels"][row, on_image] = torch.from_numpy(labels.ravel())
         return batch
@@ -188,44 +260,3 @@ class VisionLabelCollator:
         if noun not in self._tokens:
             self._tokens[noun] = word_token(self.tokenizer, noun)
         return self._tokens[noun]
-
-    def _render(self, sample: Sample) -> tuple[str, list[tuple[str, str]]]:
-        """The conversation's text, and for each turn the text up to its answer and through it."""
-        messages: list[dict] = []
-        ends, render = [], self.processor.apply_chat_template
-        for turn in sample["turns"]:
-            content = [{"type": "image"}] if sample["image"] and not messages else []
-            content.append({"type": "text", "text": turn["question"]})
-            messages.append({"role": "user", "content": content})
-            before = render(messages, add_generation_prompt=True)
-            answer = [{"type": "text", "text": turn["answer"]}]
-            messages.append({"role": "assistant", "content": answer})
-            ends.append((before, render(messages)))
-        text = ends[-1][1] if ends else ""
-        if not ends or not all(text.startswith(part) for pair in ends for part in pair):
-            raise ValueError(
-                f"sample {sample['id']!r}: it has no turns, or the chat template writes a turn "
-                "differently when another follows, so answers cannot be told from questions"
-            )
-        return text, ends
-
-    def _answers(self, text: str, ends: list[tuple[str, str]], length: int) -> list[tuple]:
-        """First and last + 1 position of each answer, its end token included, among `length`.
-
-        The image comes before every answer, so the tokens that the processor puts in for it move
-        all answers by the same number.
-        """
-        plain = self.tokenizer(text).input_ids
-        moved, spans = length - len(plain), []
-        for before, through in ends:
-            prompt, whole = self.tokenizer(before).input_ids, self.tokenizer(through).input_ids
-            if plain[: len(prompt)] != prompt or plain[: len(whole)] != whole:
-                raise ValueError(
-                    "the tokenizer joins an answer with the text around it; let the chat template "
-                    "put a special token or a space between"
-                )
-            answer = whole[len(prompt) :]
-            ended = [i for i, t in enumerate(answer, 1) if t == self.tokenizer.eos_token_id]
-            start = len(prompt) + moved
-            spans.append((start, start + (ended[-1] if ended else len(answer))))
-        return spans

@@ -10,6 +10,7 @@ is not: a data pipeline (`VisionLabelCollator`) or a recipe (`recipes/train_visi
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -108,9 +109,9 @@ class VisionModelingTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def language_linear(model: Any) -> str:
+def language_linear(model: Any, layers: Sequence[str] = LINEAR) -> str:
     """A pattern of the names of the language model's linear layers, for `LoraConfig`."""
-    return rf".*\b{re.escape(family_of(model).language_model)}\..*\.({'|'.join(LINEAR)})"
+    return rf".*\b{re.escape(family_of(model).language_model)}\..*\.({'|'.join(layers)})"
 
 
 def make_trainable(
