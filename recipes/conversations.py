@@ -61,11 +61,17 @@ def write_source(data: str, out: str | Path, split: str = "train") -> Path:
     Raises:
         ValueError: where there are no records, or a .json file is not a list.
     """
-    rows = _json_rows(Path(data)) if data.endswith(JSON_FILES) else dataset_rows(data, split)
-    return write_records(rows, data, out)
+    return write_records(rows(data, split), data, out)
 
 
-def write_records(rows: Iterator[dict[str, Any]], data: str, out: str | Path) -> Path:
+def rows(data: str, split: str = "train") -> Iterator[dict[str, Any]]:
+    """Rows of the schema SOURCE, of a file or data set as `write_source` takes it."""
+    if data.endswith(JSON_FILES):
+        return _json_rows(Path(data))
+    return dataset_rows(data, split)
+
+
+def write_records(found: Iterator[dict[str, Any]], data: str, out: str | Path) -> Path:
     """Rows of the schema SOURCE, read from `data`, as Parquet; as `write_source` does."""
     out, aside = Path(out), Path(out).with_name("source.aside")
     if out.exists():
@@ -73,7 +79,7 @@ def write_records(rows: Iterator[dict[str, Any]], data: str, out: str | Path) ->
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     number = 0
-    while chunk := list(islice(rows, FILE_ROWS)):
+    while chunk := list(islice(found, FILE_ROWS)):
         table = pa.Table.from_pylist(chunk, schema=SOURCE)
         parquet.write_table(table, aside / f"{number:05d}.parquet", row_group_size=SHARD_ROWS)
         number += 1
