@@ -1,0 +1,1 @@
+"""LRV-Instruction's released annotations joined with a local folder of images."""
