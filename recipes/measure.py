@@ -231,8 +231,15 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint | None:
         raise ValueError("--endpoint needs --judge-model, the name of the judge there")
     beside = Path(args.out).parent / "requests" if args.out else None
     key = os.environ.get("OPENAI_API_KEY")
-    cache, price = args.cache or beside, tuple(args.price)
-    return Endpoint(args.endpoint, args.judge_model, key, cache_dir=cache, price=price)
+    return Endpoint(
+        args.endpoint,
+        args.judge_model,
+        key,
+        cache_dir=args.cache or beside,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        price=tuple(args.price),
+    )
 
 
 def _judge(

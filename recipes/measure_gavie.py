@@ -31,6 +31,7 @@ from firsthand.recipes.judge import judge_of
 from firsthand.recipes.measure import Measured, Row, Scorer
 
 Regions = Mapping[str, list[Row]]
+TOKENS = 256  # of a reply, for each answer in the prompt
 COLORS = "red orange yellow green blue purple pink brown black white gray".split()
 SCENE_WORDS = rules.Words(
     scenes.NOUNS,
@@ -129,9 +130,10 @@ class Judging:
         if self.endpoint is None:
             return [_no_judge]
         parse = partial(gavie.parse, answers=answers)
+        settings = gavie.SETTINGS | {"max_tokens": TOKENS * max(2, answers)}
         if self.samples == 1:
-            return [judge_of(self.endpoint, parse, self.failures, **gavie.SETTINGS)]
-        settings = gavie.SETTINGS | {"temperature": 1.0}
+            return [judge_of(self.endpoint, parse, self.failures, **settings)]
+        settings |= {"temperature": 1.0}
         return [
             judge_of(self.endpoint, parse, self.failures, **settings, seed=seed)
             for seed in range(self.samples)

@@ -44,7 +44,7 @@ Message = dict[str, str]
 Judge = Callable[[list[list[Message]]], Sequence[str | None]]
 """Lists of chat messages -> a reply each, in order; None where the request failed."""
 
-SETTINGS = {"temperature": 0.0, "max_tokens": 1024, "response_format": {"type": "json_object"}}
+SETTINGS = {"temperature": 0.0, "max_tokens": 512, "response_format": {"type": "json_object"}}
 """What the judge's endpoint is asked for."""
 RULE_JUDGE = "rule_judge"  # marks that no language model gave, see `rules`
 
