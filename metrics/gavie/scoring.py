@@ -98,7 +98,8 @@ def rate_jointly(
 
     Raises:
         ValueError: as in `rate`; fewer than two arms; an id that occurs twice in an arm, or
-            (without `skip_bad`) that an arm lacks; arms that were judged already.
+            (without `skip_bad`) that an arm lacks; one that stands for two questions; arms that
+            were judged already.
         TypeError: as in `build_request`, before anything is asked.
     """
     if len(arms) < 2:
@@ -127,6 +128,9 @@ def _close_incomplete(found: dict[str, dict[str, Any]], arms: list[str], skip_ba
     if lacking and not skip_bad:
         raise ValueError(f"The id {first.get('id')!r} is missing in {', '.join(lacking)}.")
     lacking += [arm for arm, row in found.items() if row.get("error")]
+    for row in found.values() if not lacking else ():
+        if (row["question"], row.get("image_id")) != (first["question"], first.get("image_id")):
+            raise ValueError(f"The id {first.get('id')!r} stands for two questions or images.")
     for row in found.values() if lacking else ():
         row["error"] = row.get("error") or f"no usable answer of {', '.join(lacking)}"
 
@@ -152,7 +156,7 @@ def _ask(
         raise ValueError("Give at least one judge, one a sample.")
     for row in (row for group in groups for row in group):
         row.pop("unparsed", None)
-        row |= {"ratings": [], "unread": []}
+        row.update(ratings=[], unread=[])
     for sample, judge in enumerate(judges):
         orders = [_order(group, seed, sample) for group in groups]
         requests = [build_request(order, bbox_format) for order in orders]

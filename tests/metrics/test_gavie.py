@@ -229,6 +229,7 @@ def test_an_answer_that_failed_is_left_out_of_all_arms():
     [
         ({"a": ROWS}, "cannot be judged jointly: use `rate`"),
         ({"a": ROWS, "b": ROWS[:1] * 2}, "b: the id 0 occurs twice"),
+        ({"a": ROWS[:1], "b": [{**ROWS[0], "question": "Why?"}]}, "0 stands for two questions"),
         ({"a": ROWS, "b": [{**ROWS[0], "ratings": [marks(1, 1)]}]}, "was judged already"),
     ],
 )

@@ -118,6 +118,8 @@ def test_what_cannot_be_read_is_counted_and_the_key_is_nowhere(folder, capsys, j
     printed = capsys.readouterr()
     assert "n_unparsed: 2" in printed.out and "'failed': 2" in printed.out
     assert "HTTP 401" in printed.out and "not JSON" in printed.out
+    again = measured("gavie", "--predictions", "rated.jsonl")  # as it was, without a judge
+    assert again["gavie_accuracy"]["n"] == 1 and "n_unparsed: 2" in capsys.readouterr().out
     save("rows.jsonl", answers("forbidden"))
     assert "marked none of 1 answers: HTTP 401" in refused(capsys, *asks(judge))
     kept = [path.read_text() for path in folder.rglob("*") if path.is_file()]
