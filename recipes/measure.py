@@ -229,6 +229,8 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint | None:
         return None
     if not args.judge_model:
         raise ValueError("--endpoint needs --judge-model, the name of the judge there")
+    if args.concurrency < 1 or args.timeout <= 0:
+        raise ValueError("--concurrency must be 1 at least, and --timeout over 0")
     beside = Path(args.out).parent / "requests" if args.out else None
     key = os.environ.get("OPENAI_API_KEY")
     return Endpoint(

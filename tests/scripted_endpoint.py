@@ -3,7 +3,7 @@
 What it is: raw HTTP in a thread, so that a script can also keep silent, cut an answer short or
 reset the connection. What it is not: a model.
 
-    with ScriptedEndpoint(lambda payload: "Yes.") as server:
+    with ScriptedEndpoint(lambda payload, key: "Yes.") as server:
         Endpoint(server.url, "scripted").ask([{"role": "user", "content": "Is it?"}])
         server.asked, server.keys
 """
@@ -56,7 +56,9 @@ class ScriptedEndpoint:
     """A running server. `answer`: (the request's payload, its API key) -> a text, or `Raw`."""
 
     def __init__(self, answer: Callable[[dict[str, Any], str], str | Raw]) -> None:
-        self.answer, self.asked, self.keys = answer, [], set()
+        self.answer = answer
+        self.asked: list[dict[str, Any]] = []
+        self.keys: set[str] = set()
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"

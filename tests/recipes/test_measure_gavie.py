@@ -108,6 +108,7 @@ def test_samples_are_asked_with_seeds_and_have_a_spread(folder, capsys, judge):
     assert found["gavie_accuracy_spread"]["value"] == 0.5  # of 0, 1, 2 and of 10, 10, 10
     assert sorted(payload["seed"] for payload in judge.asked) == [0, 0, 1, 1, 2, 2]
     assert {payload["temperature"] for payload in judge.asked} == {1}
+    assert "--concurrency must" in refused(capsys, *asks(judge, "--concurrency", "0"))
     assert "--samples 0" in refused(capsys, *asks(judge, "--samples", "0"))
 
 
