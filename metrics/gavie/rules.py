@@ -130,7 +130,7 @@ def claims(text: str, words: Words, topic: str | None = None) -> list[Claim]:
         if isinstance(item, str):
             if item in NEGATIONS or item.endswith("n't"):
                 denied = True
-            elif item in STOPS or (item == "," and not _is_noun(items, i + 1)):
+            elif item in STOPS or (item == "," and _kind(items, i + 1) != ""):
                 denied, before = False, []
             elif item in ARTICLES and _is_unknown(items, i + 1, words):
                 latest = None  # what follows is said of something that we have no word for
@@ -145,8 +145,9 @@ def claims(text: str, words: Words, topic: str | None = None) -> list[Claim]:
     return list(dict.fromkeys(found))
 
 
-def _is_noun(items: list[str | Property], i: int) -> bool:
-    return i < len(items) and not isinstance(items[i], str) and items[i][0] == ""
+def _kind(items: list[str | Property], i: int) -> str | None:
+    """The kind of a property, "" for a noun, None for other words and beyond the end."""
+    return items[i][0] if i < len(items) and not isinstance(items[i], str) else None
 
 
 def _is_unknown(items: list[str | Property], i: int, words: Words) -> bool:
@@ -156,18 +157,15 @@ def _is_unknown(items: list[str | Property], i: int, words: Words) -> bool:
 
 
 def _belongs_to_next(items: list[str | Property], i: int) -> bool:
-    """Whether a property stands before its noun: directly, or first in its clause."""
-    after = next((k for k in range(i, len(items)) if items[k] in ("and", ",")), len(items))
-    direct = i + 1
-    while direct < len(items) and not isinstance(items[direct], str) and items[direct][0]:
-        direct += 1
-    if _is_noun(items, direct):
-        return True
-    start = max((k for k in range(i) if items[k] in STOPS or items[k] in ("and", ",")), default=-1)
-    stop = next((k for k in range(i, after) if items[k] in STOPS), after)
-    return not any(_is_noun(items, k) for k in range(start + 1, i)) and any(
-        _is_noun(items, k) for k in range(i, stop)
-    )
+    """Whether a property stands directly before its noun, or first in its clause."""
+    k = i + 1
+    while _kind(items, k) or (items[k : k + 1] == ["and"] and _kind(items, k + 1) == items[i][0]):
+        k += 1  # further properties: "red and blue car"
+    edges = [k for k, item in enumerate(items) if item in STOPS or item in ("and", ",")]
+    start = max((edge for edge in edges if edge < i), default=-1)
+    end = min((edge for edge in edges if edge > i), default=len(items))
+    nouns = [k for k in range(start + 1, end) if _kind(items, k) == ""]
+    return _kind(items, k) == "" or (bool(nouns) and nouns[0] > i)
 
 
 def _of_noun(noun: str, properties: list[Property], denied: bool) -> list[Claim]:

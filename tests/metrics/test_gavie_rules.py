@@ -37,6 +37,8 @@ OBJECTS = [
         ("The dog is left of the car.", "dog; dog left of the car"),
         ("A dog top left, a cup center.", "dog; dog top left"),
         ("An orange car and an orange.", "car; car orange; orange"),
+        ("A dog and a red and blue car.", "dog; car; car red; car blue"),
+        ("A dog top left and a red car.", "dog; dog top left; car; car red"),
         ("It is red. It is red!", "bird red"),
         ("the image shows red", "bird red"),
         ("a cup, red", ""),
