@@ -250,6 +250,7 @@ STEERED_MODULES: dict[str, str] = {
     "qwen2_5_vl_text": "mlp",
     "qwen3_vl_text": "mlp",
     "gemma": "mlp",
+    "gemma2": "post_feedforward_layernorm",
     "opt": "fc2",
     "gemma3_text": "post_feedforward_layernorm",
 }

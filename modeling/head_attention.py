@@ -104,7 +104,7 @@ def capturing_attention(
         ValueError: for attention whose rows are not a plain softmax (soft caps, sinks, position
             biases), rather than wrong ones.
     """
-    given = [option for option in REFUSED if kwargs.get(option) is not None]
+    given = [option for option in ("softcap", *REFUSED) if kwargs.get(option) is not None]
     if given:
         name = type(module).__name__
         raise ValueError(f"{name} uses {', '.join(given)}: its rows are no plain softmax.")

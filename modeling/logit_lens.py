@@ -57,12 +57,14 @@ def logit_lens(
         `lens_raw_probability` and `lens_normed_probability`, float32 [L + 1, A], 0 to 1.
     """
     norm, head = final_norm(model), model.get_output_embeddings()
+    cap = model.config.text_config.to_dict().get("final_logit_softcapping")  # of Gemma 2
     texts: dict[str, list[list[str]]] = {"lens_raw": [], "lens_normed": []}
     chances: dict[str, list[torch.Tensor]] = {name: [] for name in texts}
     for state in states:
         for name in texts:
             hidden = norm(state.to(norm.weight.device)) if name == "lens_normed" else state
             logits = head(hidden.to(head.weight.device, head.weight.dtype)).float()
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
             probability, token = logits.softmax(-1).max(-1)
             texts[name].append([str(tokenizer.decode([t])) for t in token.tolist()])
             chances[name].append(probability.cpu())

@@ -29,8 +29,18 @@ from .families import decoder_layers, qformer_layers, vision_layers
 
 Backend = Literal["streaming", "eager"]
 NAME = "firsthand_relevancy"
-REFUSED = ("softcap", "s_aux", "position_bias")
+REFUSED = ("s_aux", "position_bias")
 CHUNK_ELEMENTS = 2**22  # of one recomputed piece of attention maps, 16 MB in float32
+
+
+class Scaling(NamedTuple):
+    """What becomes of query @ key before the mask: times `scale`, then softcap * tanh(x / softcap).
+
+    `softcap` is None in most models.
+    """
+
+    scale: float
+    softcap: float | None
 
 
 class Call(NamedTuple):
@@ -162,6 +172,7 @@ def relevancy_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for transformers: query [B, H, n, d], key and value [B, K, m, d], H % K == 0.
@@ -169,20 +180,20 @@ def relevancy_attention(
     Without gradients, or outside `recording`, it is plain scaled dot-product attention.
 
     Raises:
-        ValueError: for attention that the rule does not cover (soft caps, sinks, position biases,
+        ValueError: for attention that the rule does not cover (sinks, position biases,
             cross-attention, a batch of images), rather than an inexact map.
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = Scaling(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
     recorder = _ACTIVE.get()
     if recorder is None or not (torch.is_grad_enabled() and query.requires_grad):
-        output = _plain(query, key, value, attention_mask, scale)
+        output = _plain(query, key, value, attention_mask, scores)
     else:
         _check(recorder, module, query, key, attention_mask, kwargs)
         call = recorder.call(module, query.shape[2])
         if recorder.backend == "streaming":
-            output = _Streaming.apply(query, key, value, attention_mask, scale, recorder, call)
+            output = _Streaming.apply(query, key, value, attention_mask, scores, recorder, call)
         else:
-            output = _eager(query, key, value, attention_mask, scale, recorder, call)
+            output = _eager(query, key, value, attention_mask, scores, recorder, call)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -215,18 +226,25 @@ def _plain(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float,
+    scaling: Scaling,
 ) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    if scaling.softcap is not None:
+        return _softmax(_scores(query, key, scaling), mask).to(value.dtype) @ value
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling.scale)
 
 
-def _weights(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    scores = query @ key.transpose(-1, -2) * scale
-    return torch.softmax(scores if mask is None else scores + mask, dim=-1)
+def _scores(query: torch.Tensor, key: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    scores = query @ key.transpose(-1, -2) * scaling.scale
+    if scaling.softcap is None:
+        return scores
+    return scaling.softcap * torch.tanh(scores / scaling.softcap)
+
+
+def _softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores if mask is None else scores + mask, dim=-1, dtype=precise)
 
 
 def _eager(
@@ -234,7 +252,7 @@ def _eager(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float,
+    scaling: Scaling,
     recorder: Recorder,
     call: Call,
 ) -> torch.Tensor:
@@ -242,7 +260,7 @@ def _eager(
     groups = query.shape[1] // key.shape[1]
     precise = torch.promote_types(query.dtype, torch.float32)
     q, k, v = query.to(precise), *(x.repeat_interleave(groups, 1).to(precise) for x in (key, value))
-    weights = _weights(q, k, mask, scale)
+    weights = _softmax(_scores(q, k, scaling), mask)
     kept = weights.detach()
 
     def move_row(gradient: torch.Tensor) -> None:
@@ -265,13 +283,13 @@ class _Streaming(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        scale: float,
+        scaling: Scaling,
         recorder: Recorder,
         call: Call,
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value, mask)
-        ctx.scale, ctx.recorder, ctx.call = scale, recorder, call
-        return _plain(query, key, value, mask, scale)
+        ctx.scaling, ctx.recorder, ctx.call = scaling, recorder, call
+        return _plain(query, key, value, mask, scaling)
 
     @staticmethod
     @once_differentiable
@@ -290,7 +308,7 @@ class _Streaming(torch.autograd.Function):
         change = torch.zeros(size, keys, dtype=torch.float32, device=q.device)
         step = max(1, CHUNK_ELEMENTS // (split[1] * length * keys))
         for part in (slice(start, start + step) for start in range(0, key_heads, step)):
-            pieces, product = _backward(q[part], k[part], v[part], g[part], mask, ctx.scale)
+            pieces, product = _backward(q[part], k[part], v[part], g[part], mask, ctx.scaling)
             for whole, piece in zip(grads, pieces, strict=True):
                 whole[part] = piece
             if follows:
@@ -309,15 +327,18 @@ def _backward(
     v: torch.Tensor,
     g: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float,
+    scaling: Scaling,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """Gradients of some heads' q, k, v, and A * dy/dA; q, g [c, G, n, d], k, v [c, 1, n, d]."""
     precise = torch.promote_types(q.dtype, torch.float32)
     q, k, v, g = (x.to(precise) for x in (q, k, v, g))
-    weights = _weights(q, k, mask, scale)
+    scores = _scores(q, k, scaling)
+    weights = _softmax(scores, mask)
     product = weights * (g @ v.transpose(-1, -2))
-    scores = product - weights * product.sum(-1, keepdim=True)
-    grad_q = scores @ k * scale
-    grad_k = (scores.transpose(-1, -2) @ q).sum(1, keepdim=True) * scale
+    grads = (product - weights * product.sum(-1, keepdim=True)) * scaling.scale
+    if scaling.softcap is not None:
+        grads = grads * (1 - (scores / scaling.softcap) ** 2)
+    grad_q = grads @ k
+    grad_k = (grads.transpose(-1, -2) @ q).sum(1, keepdim=True)
     grad_v = (weights.transpose(-1, -2) @ g).sum(1, keepdim=True)
     return (grad_q, grad_k, grad_v), product

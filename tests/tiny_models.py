@@ -131,7 +131,7 @@ def tiny_processor(family: str = "llava"):
         return Gemma3Processor(
             image_processor, tiny_tokenizer(**GEMMA_TOKENS), template, image_seq_length=4
         )
-    if family == "paligemma":
+    if family.startswith("paligemma"):
         image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
         image_processor.image_seq_length = 16
         return PaliGemmaProcessor(image_processor, tiny_tokenizer(), chat_template=CHAT_TEMPLATE)
@@ -322,18 +322,18 @@ def tiny_gemma3(seed: int = 0, layers: int = 2, sliding_window: int = 512):
     return _build(AutoModelForImageTextToText.from_config, config, seed)
 
 
-def tiny_paligemma(seed: int = 0, layers: int = 2):
-    """A random PaliGemma (of Gemma 1) in eval mode: 4 x 4 image tokens."""
+def tiny_paligemma(seed: int = 0, layers: int = 2, text: str = "gemma", **fields):
+    """A random PaliGemma (of Gemma 1, or 2) in eval mode; `fields` are of the text's config."""
     processor = tiny_processor("paligemma")
-    text = _text_config("gemma", layers, tie=False).to_dict()
+    fields = _text_config(text, layers, tie=False).to_dict() | fields
+    fields["vocab_size"] = len(processor.tokenizer)
     vision = dict(
         model_type="siglip_vision_model", hidden_size=24, intermediate_size=48,
         num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
     )  # fmt: skip
     config = AutoConfig.for_model(
-        "paligemma", text_config=text | {"vocab_size": len(processor.tokenizer)},
-        vision_config=vision, image_token_index=processor.image_token_id, projection_dim=32,
-        tie_word_embeddings=False,
+        "paligemma", text_config=fields, vision_config=vision, projection_dim=32,
+        image_token_index=processor.image_token_id, tie_word_embeddings=False,
     )  # fmt: skip
     return _build(AutoModelForImageTextToText.from_config, config, seed)
 
@@ -376,6 +376,10 @@ def tiny_blip(family: str = "blip-2", seed: int = 0, layers: int = 2):
     return _build(AutoModelForImageTextToText.from_config, config, seed)
 
 
+PALIGEMMA_2 = partial(
+    tiny_paligemma, text="gemma2", attn_logit_softcapping=1.0, final_logit_softcapping=5.0,
+    query_pre_attn_scalar=8, sliding_window=8,
+)  # fmt: skip
 PARTIAL = {  # explained and steered, but without vision modeling
     "paligemma": tiny_paligemma,
     "blip-2": partial(tiny_blip, "blip-2"),

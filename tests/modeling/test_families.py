@@ -174,6 +174,7 @@ def test_prefix_tokens_are_what_the_encoder_adds(family, vision):
 
 TEXTS = [(family, None) for family in sorted(FAMILIES)]
 TEXTS += [("llava", text) for text in ("llama", "mistral", "qwen2", "qwen3")]
+TEXTS += [("paligemma", "gemma2")]
 TEXTS += [("internvl", text) for text in ("llama", "mistral", "qwen2", "qwen3")]
 
 

@@ -379,11 +379,11 @@ def test_other_towers_streaming_equals_autograd(name):
 
 
 def test_attention_that_the_rule_does_not_cover_is_refused(monkeypatch):
-    def capped(module, *args, **kwargs):
-        return relevancy_attention(module, *args, softcap=50.0, **kwargs)
+    def sinking(module, *args, **kwargs):
+        return relevancy_attention(module, *args, s_aux=torch.zeros(4), **kwargs)
 
-    monkeypatch.setattr("firsthand.modeling.relevancy_attention.relevancy_attention", capped)
-    with pytest.raises(ValueError, match="softcap"):
+    monkeypatch.setattr("firsthand.modeling.relevancy_attention.relevancy_attention", sinking)
+    with pytest.raises(ValueError, match="s_aux"):
         explain(tiny_llava(), tiny_processor("llava"), tiny_image(3), QUESTION, ANSWER)
 
 

@@ -5,7 +5,15 @@ from functools import partial
 import pytest
 import torch
 from relevancy_oracle import oracle
-from tiny_models import PARTIAL, TINY, tiny_gemma3, tiny_image, tiny_processor, tiny_prompt
+from tiny_models import (
+    PALIGEMMA_2,
+    PARTIAL,
+    TINY,
+    tiny_gemma3,
+    tiny_image,
+    tiny_processor,
+    tiny_prompt,
+)
 
 from firsthand.modeling.families import FAMILIES
 from firsthand.modeling.relevancy import explain
@@ -21,6 +29,7 @@ GRIDS = {  # rows, columns and merge for the image of 80 x 60 pixels; a Q-Former
     "qwen3_vl": (2, 3, 2),
     "gemma3": (2, 2, 2),
     "paligemma": (4, 4, 1),
+    "paligemma2": (4, 4, 1),
     "blip-2": (1, 6, None),
     "instructblip": (1, 6, None),
     "idefics3": (2, 2, 2),
@@ -28,11 +37,12 @@ GRIDS = {  # rows, columns and merge for the image of 80 x 60 pixels; a Q-Former
 }
 # Gemma 3's windows are shorter than the prompt here
 MODELS = TINY | PARTIAL | {"gemma3": partial(tiny_gemma3, sliding_window=8)}
+MODELS["paligemma2"] = PALIGEMMA_2
 UNCHAINED = {"qwen3_vl"}  # its image tokens mix several layers of the vision encoder
 
 
 def test_every_family_is_tested():
-    assert set(GRIDS) == set(FAMILIES)
+    assert set(GRIDS) - {"paligemma2"} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("backend", ["streaming", "eager"])
