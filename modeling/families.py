@@ -127,6 +127,18 @@ def _by_windows(config: PreTrainedConfig, grid: Grid) -> torch.Tensor:
     return _by_blocks(config, grid).view(-1, merge**2)[chosen].flatten()
 
 
+def _llava(model_type: str, merge: Callable[[PreTrainedConfig], int], **fields: Any) -> Family:
+    return Family(
+        model_type=model_type,
+        language_model="language_model",
+        layers="language_model.layers",
+        vision_tower="vision_tower",
+        projector="multi_modal_projector",
+        merge=merge,
+        **fields,
+    )
+
+
 def _qwen(model_type: str, order: Callable[[PreTrainedConfig, Grid], torch.Tensor]) -> Family:
     return Family(
         model_type=model_type,
@@ -167,44 +179,13 @@ def _blip(model_type: str) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family(
-        model_type="llava",
-        language_model="language_model",
-        layers="language_model.layers",
-        vision_tower="vision_tower",
-        projector="multi_modal_projector",
-        merge=_one_patch,
-        mixes=_several_layers,
-    ),
-    "internvl": Family(
-        model_type="internvl",
-        language_model="language_model",
-        layers="language_model.layers",
-        vision_tower="vision_tower",
-        projector="multi_modal_projector",
-        merge=_pixel_shuffle,
-        mixes=_several_layers,
-    ),
+    "llava": _llava("llava", _one_patch, mixes=_several_layers),
+    "internvl": _llava("internvl", _pixel_shuffle, mixes=_several_layers),
     "qwen2_vl": _qwen("qwen2_vl", _by_blocks),
     "qwen2_5_vl": _qwen("qwen2_5_vl", _by_windows),
     "qwen3_vl": replace(_qwen("qwen3_vl", _by_blocks), mixes=_deepstack),
-    "gemma3": Family(
-        model_type="gemma3",
-        language_model="language_model",
-        layers="language_model.layers",
-        vision_tower="vision_tower",
-        projector="multi_modal_projector",
-        merge=_pooled,
-    ),
-    "paligemma": Family(
-        model_type="paligemma",
-        language_model="language_model",
-        layers="language_model.layers",
-        vision_tower="vision_tower",
-        projector="multi_modal_projector",
-        merge=_one_patch,
-        answer_type=1,
-    ),
+    "gemma3": _llava("gemma3", _pooled),
+    "paligemma": _llava("paligemma", _one_patch, answer_type=1),
     "idefics3": _idefics3("idefics3"),
     "smolvlm": _idefics3("smolvlm"),
     "blip-2": _blip("blip-2"),

@@ -30,6 +30,7 @@ from transformers import (
 from .explanation import Explanation, token_spans, tokens_within
 from .families import (
     Grid,
+    decoder_layers,
     family_of,
     image_grids,
     image_mask,
@@ -79,7 +80,7 @@ def explain(
     """
     _check_request(question, backend, baseline)
     inner, tokenizer = unwrap(model), processor.tokenizer
-    vision_layers(inner)
+    decoder_layers(inner), vision_layers(inner)
     image = image.convert("RGB")
     inputs = _inputs(inner, processor, image, question)
     grid = _grid(inner.config, inputs)
