@@ -366,7 +366,8 @@ def tiny_blip(family: str = "blip-2", seed: int = 0, layers: int = 2):
     else:
         text = _text_config("llama", layers, tie=False).to_dict()
     sizes = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-    qformer = dict(vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.2)
+    sizes["initializer_range"] = 0.2
+    qformer = dict(vocab_size=len(tokenizer), max_position_embeddings=512)
     config = AutoConfig.for_model(
         family, text_config=text, num_query_tokens=6, initializer_range=0.2,
         vision_config=dict(image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **sizes),
