@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
+    "Contrast": "contrastive",
     "Explanation": "explanation",
     "GroundedInternVLForConditionalGeneration": "modeling_grounded_internvl",
     "GroundedLlavaForConditionalGeneration": "modeling_grounded_llava",

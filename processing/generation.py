@@ -29,18 +29,19 @@ CACHED_BYTES = 2**29  # of image features that are kept for further questions
 WINDOW = 8  # batches that are read ahead and sorted by length; answers come after each window
 PLAIN_INPUTS = {"input_ids", "attention_mask", "pixel_values"}
 DRAWN = ("temperature", "top_p")
+OURS = (*DRAWN, "prepare")  # settings that `generate` is not told
 
 Row = dict[str, Any]
 
 
-def build_prompt(processor: Any, question: str) -> str:
-    """The chat prompt for one image and a question, ending where the answer starts.
+def build_prompt(processor: Any, question: str, with_image: bool = True) -> str:
+    """The chat prompt for one image (or none) and a question, ending where the answer starts.
 
     Raises ValueError where the processor has no chat template.
     """
     if processor.chat_template is None:
         raise ValueError("the processor has no chat template: set processor.chat_template first")
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    content = [{"type": "image"}] * with_image + [{"type": "text", "text": question}]
     message = [{"role": "user", "content": content}]
     return processor.apply_chat_template(message, add_generation_prompt=True)
 
@@ -120,10 +121,16 @@ def _problem(row: Row) -> str | None:
     return None
 
 
-def _inputs(model: Any, processor: Any, rows: list[Row], features: ImageFeatures | None) -> Any:
+def _inputs(
+    model: Any,
+    processor: Any,
+    rows: list[Row],
+    features: ImageFeatures | None,
+    prepare: Callable[..., Any] = prepare_inputs,
+) -> Any:
     """Prepared inputs of one batch, its images encoded where `features` can share them."""
     inner = unwrap(model)
-    inputs = prepare_inputs(processor, rows, inner.device)
+    inputs = prepare(processor, rows, inner.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(inner.dtype)
     plain = set(inputs) == PLAIN_INPUTS and len(inputs["pixel_values"]) == len(rows)
     if features is not None and plain:
@@ -144,10 +151,11 @@ def _answer(
     model: Any, processor: Any, rows: list[Row], features: ImageFeatures | None, settings: Row
 ) -> list[str]:
     """The answers to one batch of rows."""
-    inputs = _inputs(model, processor, rows, features)
+    prepare = settings.get("prepare", prepare_inputs)
+    inputs = _inputs(model, processor, rows, features, prepare)
     drawn = {name: settings[name] for name in DRAWN if name in settings}
     draws = RowDraws([row.get("seed") for row in rows], **drawn)
-    rest = {name: value for name, value in settings.items() if name not in DRAWN}
+    rest = {name: value for name, value in settings.items() if name not in OURS}
     said = model.generate(
         **inputs, do_sample=False, logits_processor=LogitsProcessorList([draws]), **rest
     )
@@ -179,7 +187,8 @@ def generate_answers(
         progress: show a progress bar.
         done: told each row and its answer as soon as there is one.
         total: how many rows there are, where `rows` has no length.
-        settings: further arguments of `generate`.
+        settings: further arguments of `generate`, or `prepare`: what makes inputs of a batch
+            instead of `prepare_inputs` (contrastive decoding makes two branches).
 
     Yields:
         The row without its image and with `prediction`; a row that cannot be asked comes back with
