@@ -20,12 +20,12 @@ class GroundedLlavaConfig(LlavaConfig):
         vision_head: "shared" reads vision logits with `lm_head`; "separate" adds a linear head of
             its own, `vision_head` [V, D], which starts as a copy of `lm_head`.
         steering_layers: decoder layers that have a steering direction inside the checkpoint.
-        steering_mode: "add" or "norm", see `steering.steer`.
+        steering_mode: one of `steering.MODES`, see `steering.steer`.
     """
 
     vision_head: Literal["shared", "separate"] = "shared"
     steering_layers: list[int] | tuple[int, ...] = ()
-    steering_mode: Literal["add", "norm"] = "add"
+    steering_mode: Literal["add", "norm", "turn", "vista"] = "add"
 
     _auto_class = "AutoConfig"
 
@@ -36,7 +36,7 @@ class GroundedInternVLConfig(InternVLConfig):
 
     vision_head: Literal["shared", "separate"] = "shared"
     steering_layers: list[int] | tuple[int, ...] = ()
-    steering_mode: Literal["add", "norm"] = "add"
+    steering_mode: Literal["add", "norm", "turn", "vista"] = "add"
 
     _auto_class = "AutoConfig"
 

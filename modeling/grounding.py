@@ -128,9 +128,15 @@ class GroundedMixin(PreTrainedModel):
                 takes the vector's own strength.
 
         Raises:
-            ValueError: when vector and model do not fit, or there is nothing to set.
+            ValueError: when vector and model do not fit, the vector is gated or steers the vision
+                encoder, or there is nothing to set.
         """
         if vector is not None:
+            if vector.vision or vector.gate is not None:
+                raise ValueError(
+                    "A checkpoint holds neither a gate nor directions of the vision encoder. Keep "
+                    "the vector apart and use attach_steering(model, vector)."
+                )
             strength = vector.strength if strength is None else strength
         elif strength is None or not self.config.steering_layers:
             raise ValueError(

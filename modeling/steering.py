@@ -2,8 +2,9 @@
 
 `SteeringVector` is the artefact (directions, saved as safetensors + JSON + card), `attach_steering`
 puts it on any supported native or grounded model with forward hooks. Not a fitting method (see
-`steering_fit.py`) and not a weight edit: detaching restores the model exactly. The site, the
-outputs of the MLPs, is that of VTI (arXiv 2410.15778).
+`steering_fit.py`) and not a weight edit (`steering_weights.py`): detaching restores the model
+exactly. The site, the outputs of the MLPs of decoder and vision encoder, is that of VTI (arXiv
+2410.15778).
 
     vector = SteeringVector.from_pretrained("org/vector")
     with attach_steering(model, vector, strength=0.8):
@@ -29,45 +30,61 @@ from huggingface_hub import CommitInfo, HfApi, ModelCardData, hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .families import decoder_layers, steered_modules, unwrap
+from .families import decoder_layers, steered_modules, unwrap, vision_layers
+from .steering_gate import SupportGate
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "steering.safetensors", "steering_config.json", "README.md"
-PREFIX, SUFFIX = "language_model.layers.", ".direction"
-MODES = ("add", "norm")
+TOWERS = {"directions": "language_model.layers.", "vision": "vision_tower.layers."}
+SUFFIX = ".direction"
+MODES = ("add", "norm", "turn", "vista")
+Directions = dict[int, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """One direction a decoder layer, with where it comes from.
+    """One direction a layer, with where it comes from.
 
     Attributes:
-        directions: layer index -> float32 [D] on the CPU, in units of the steered module's output;
-            a fitted direction is as long as the mean difference, so strength 1 moves by that.
-        method: how it was fitted ("mean", "svd", "pca", or free text).
+        directions: decoder layer index -> float32 [D] on the CPU, in units of the steered module's
+            output; a fitted direction is as long as the mean difference, so strength 1 moves by it.
+        method: how it was fitted (a name of `steering_fit.METHODS`, or free text).
         base_model: hub id or path of the model that it was fitted on.
         strength: the default strength; signed, any finite number, 0 is no steering.
-        mode: "add" (x + s d) or "norm" (the same, rescaled to the length of x).
+        mode: one of MODES, see `steer`.
         pairs: number of contrast pairs that it was fitted on; 0 if unknown.
+        vision: the same for layers of the vision encoder: [D], or [T, D] for each of its tokens.
+        gate: steer decoder positions only whose visual support (-1 to 1, see `SupportGate`) lies
+            below it; None steers all.
+        seed: of whatever was drawn while fitting.
     """
 
-    directions: dict[int, torch.Tensor]
+    directions: Directions
     method: str = "mean"
     base_model: str = ""
     strength: float = 1.0
     mode: str = "add"
     pairs: int = 0
     versions: dict[str, str] = field(default_factory=lambda: _versions())
+    vision: Directions = field(default_factory=dict)
+    gate: float | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.directions:
+        if not self.directions and not self.vision:
             raise ValueError("A steering vector needs a direction for at least one layer.")
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}.")
         check_strength(self.strength)
-        clean = {int(layer): _direction(layer, d) for layer, d in sorted(self.directions.items())}
-        if len({len(direction) for direction in clean.values()}) > 1:
-            raise ValueError("The directions have different lengths; give every layer the same D.")
-        object.__setattr__(self, "directions", clean)
+        if self.gate is not None and not math.isfinite(self.gate):
+            raise ValueError(f"gate is {self.gate}; it must be a cosine, or None for no gate.")
+        if self.gate is not None and not self.directions:
+            raise ValueError("A gate needs decoder layers; this vector steers the encoder only.")
+        for name, dims in (("directions", (1,)), ("vision", (1, 2))):
+            given = sorted(getattr(self, name).items())
+            clean = {int(layer): _direction(layer, d, dims) for layer, d in given}
+            if len({direction.shape for direction in clean.values()}) > 1:
+                raise ValueError("The directions have different lengths; give all layers one size.")
+            object.__setattr__(self, name, clean)
 
     @property
     def layers(self) -> list[int]:
@@ -76,21 +93,46 @@ class SteeringVector:
 
     @property
     def hidden_size(self) -> int:
-        """D, the length of a direction."""
-        return len(next(iter(self.directions.values())))
+        """D, the length of a decoder layer's direction; 0 where there is none."""
+        return len(next(iter(self.directions.values()), ()))
 
     def __add__(self, other: Self) -> Self:
-        if self.layers != other.layers or self.hidden_size != other.hidden_size:
+        if [_sizes(self.directions), _sizes(self.vision)] != [
+            _sizes(other.directions), _sizes(other.vision)
+        ]:  # fmt: skip
             raise ValueError(
                 f"Cannot add a vector of layers {other.layers} (D {other.hidden_size}) to one of "
-                f"layers {self.layers} (D {self.hidden_size}). Fit both on one model and layers."
+                f"layers {self.layers} (D {self.hidden_size}). Fit both on one model and layers, "
+                "or put vectors of different layers together with a | b."
             )
-        total = {layer: d + other.directions[layer] for layer, d in self.directions.items()}
-        return replace(self, directions=total)
+        return replace(
+            self,
+            directions={i: d + other.directions[i] for i, d in self.directions.items()},
+            vision={i: d + other.vision[i] for i, d in self.vision.items()},
+        )
 
     def __mul__(self, factor: float) -> Self:
-        scaled = {layer: d * factor for layer, d in self.directions.items()}
-        return replace(self, directions=scaled)
+        return replace(
+            self,
+            directions={i: d * factor for i, d in self.directions.items()},
+            vision={i: d * factor for i, d in self.vision.items()},
+        )
+
+    def __or__(self, other: Self) -> Self:
+        """Both vectors as one, where they steer different layers (a text and a vision side)."""
+        shared = {*self.directions} & {*other.directions} or {*self.vision} & {*other.vision}
+        if shared or self.mode != other.mode:
+            raise ValueError(
+                f"Cannot put vectors together that share layers {sorted(shared)} or differ in mode "
+                f"({self.mode!r}, {other.mode!r}). Add them with a + b, or attach both."
+            )
+        return replace(
+            self,
+            directions=self.directions | other.directions,
+            vision=self.vision | other.vision,
+            method=" | ".join(dict.fromkeys((self.method, other.method))),
+            gate=self.gate if self.gate is not None else other.gate,
+        )
 
     __rmul__ = __mul__
 
@@ -104,9 +146,13 @@ class SteeringVector:
         """Write steering.safetensors, steering_config.json and README.md into `folder`, exactly."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{PREFIX}{layer}{SUFFIX}": d for layer, d in self.directions.items()}
+        tensors = {
+            f"{prefix}{layer}{SUFFIX}": direction
+            for name, prefix in TOWERS.items()
+            for layer, direction in getattr(self, name).items()
+        }
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        settings = {k: v for k, v in vars(self).items() if k != "directions"}
+        settings = {k: v for k, v in vars(self).items() if k not in TOWERS}
         settings |= {"layers": self.layers, "hidden_size": self.hidden_size}
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         (folder / CARD_NAME).write_text(_card(self, str(folder)))
@@ -125,11 +171,13 @@ class SteeringVector:
         for name in ("hidden_size", "layers"):
             del settings[name]
         tensors = load_file(files[WEIGHTS_NAME])
-        directions = {
-            int(key.removeprefix(PREFIX).removesuffix(SUFFIX)): tensor
-            for key, tensor in tensors.items()
-        }
-        return cls(directions=directions, **settings)
+        for name, prefix in TOWERS.items():
+            settings[name] = {
+                int(key.removeprefix(prefix).removesuffix(SUFFIX)): tensor
+                for key, tensor in tensors.items()
+                if key.startswith(prefix)
+            }
+        return cls(**settings)
 
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, token: str | None = None
@@ -156,11 +204,15 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _direction(layer: int, direction: torch.Tensor) -> torch.Tensor:
-    if direction.ndim != 1 or not bool(torch.isfinite(direction).all()):
+def _sizes(directions: Directions) -> dict[int, torch.Size]:
+    return {layer: direction.shape for layer, direction in directions.items()}
+
+
+def _direction(layer: int, direction: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    if direction.ndim not in dims or not bool(torch.isfinite(direction).all()):
         raise ValueError(
-            f"The direction of layer {layer} must be a finite vector [D]; it has shape "
-            f"{tuple(direction.shape)}."
+            f"The direction of layer {layer} must be a finite vector [D] (in the vision encoder "
+            f"also [T, D]); it has shape {tuple(direction.shape)}."
         )
     return direction.detach().to("cpu", torch.float32).contiguous()
 
@@ -183,16 +235,17 @@ def _card(vector: SteeringVector, location: str) -> str:
         library_name="firsthand",
         tags=["steering", "vision-language"],
     )
+    gate = "every position" if vector.gate is None else f"visual support below {vector.gate:g}"
     return f"""---
 {data.to_yaml()}
 ---
 
 # Steering vector
 
-Directions for the MLP outputs of {len(vector.layers)} decoder layers of
-`{vector.base_model or "a vision-language model"}`, fitted by `{vector.method}` on {vector.pairs}
-contrast pairs. Default strength {vector.strength:g}, mode `{vector.mode}`; strength 1 moves by the
-mean difference of the pairs, strength 0 leaves the model bit-identical.
+Directions for the MLP outputs of {len(vector.layers)} decoder and {len(vector.vision)} encoder
+layers of `{vector.base_model or "a vision-language model"}`, fitted by `{vector.method}` on
+{vector.pairs} contrast pairs (seed {vector.seed}). Default strength {vector.strength:g}, mode
+`{vector.mode}`, at {gate}; strength 0 leaves the model bit-identical.
 
 ```python
 from firsthand.modeling import SteeringVector, attach_steering
@@ -202,7 +255,8 @@ with attach_steering(model, vector):
     model.generate(**inputs)
 ```
 
-Layers: {", ".join(map(str, vector.layers))}. Hidden size: {vector.hidden_size}.
+Decoder layers: {", ".join(map(str, vector.layers)) or "none"}. Encoder layers:
+{", ".join(map(str, vector.vision)) or "none"}. Hidden size: {vector.hidden_size}.
 """
 
 
@@ -233,17 +287,57 @@ def check_layers(
         )
 
 
+def check_vision(model: nn.Module, vector: SteeringVector) -> None:
+    """Raise ValueError unless the vision encoder of `model` fits the directions of `vector`."""
+    if not vector.vision:
+        return
+    layers = vision_layers(model)
+    unknown = [layer for layer in vector.vision if not 0 <= layer < len(layers)]
+    if unknown:
+        raise ValueError(
+            f"The vision encoder has layers 0 to {len(layers) - 1}, the vector also {unknown}."
+        )
+    width = _width(vision_mlp(model, 0))
+    given = next(iter(vector.vision.values())).shape[-1]
+    if given != width:
+        raise ValueError(
+            f"The vector has vision directions of length {given}, the encoder's hidden size is "
+            f"{width}. It was fitted on {vector.base_model or 'another model'}; fit one here."
+        )
+
+
+def vision_mlp(model: nn.Module, layer: int) -> nn.Module:
+    """The steered module of a vision encoder's layer; every supported encoder calls it `mlp`."""
+    return vision_layers(model)[layer].get_submodule("mlp")
+
+
+def _width(mlp: nn.Module) -> int:
+    return [one for one in mlp.modules() if isinstance(one, nn.Linear)][-1].out_features
+
+
 def steer(
     hidden: torch.Tensor, direction: torch.Tensor, strength: torch.Tensor, mode: str
 ) -> torch.Tensor:
-    """`hidden` [..., D] moved by `strength` (scalar tensor) times `direction` [D]; same dtype.
+    """`hidden` [..., D] moved by `strength` times `direction` [D] or [T, D]; same dtype.
 
-    Mode "norm" rescales each position to its former length (VTI), measured in float32. At strength
-    0 both modes return the values of `hidden` exactly.
+    "add" is x + s d. The others rescale each position to its former length, measured in float32:
+    "norm" after x + s d, "turn" after x + s |x| d (VTI's: its 0.1 alpha is s |d|), "vista" after
+    x + s |x| (1 + max(0, -cos(x, d))) d (VISTA's). At strength 0 all return `hidden` exactly.
+
+    Args:
+        hidden: outputs of the steered module.
+        direction: on any device.
+        strength: a scalar tensor, or one that broadcasts to [..., 1].
+        mode: one of MODES.
     """
-    strength = strength.to(hidden.device)
-    shift = (strength * direction.to(hidden.device)).to(hidden.dtype)
-    moved = hidden + shift
+    direction = direction.to(hidden.device)
+    shift = strength.to(hidden.device) * direction
+    if mode in ("turn", "vista"):
+        shift = shift * _length(hidden)
+    if mode == "vista":
+        cosine = nn.functional.cosine_similarity(hidden.float(), direction, dim=-1)
+        shift = shift * (1 + (-cosine).clamp_min(0)).unsqueeze(-1)
+    moved = hidden + shift.to(hidden.dtype)
     if mode == "add":
         return moved
     return moved * (_length(hidden) / _length(moved)).to(hidden.dtype)
@@ -271,29 +365,60 @@ class _Shift:
         return steer_output(output, self.direction, self.strength, self.mode)
 
 
+class _GatedShift(_Shift):
+    """The same at positions with little visual support."""
+
+    def __init__(self, gate: SupportGate, layer: int, *shift: Any):
+        super().__init__(*shift)
+        self.gate, self.layer = gate, layer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        strength = self.strength.to(hidden.device) * self.gate.open(self.layer, hidden)
+        return steer_output(output, self.direction, strength, self.mode)
+
+
+class _VisionShift(_Shift):
+    """The same in the vision encoder, whose tokens may have a direction each."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        tokens = output.shape[-2]
+        if self.direction.ndim == 2 and len(self.direction) != tokens:
+            raise ValueError(
+                f"The vector has a direction for each of {len(self.direction)} vision tokens, this "
+                f"image has {tokens}. Average them (mean(0)), or keep the image size."
+            )
+        return super().__call__(module, args, output)
+
+
 class Steering:
     """Handle on attached steering: `.strength` may be set at any time, `.detach()` removes it.
 
     Also a context manager that detaches at its end. The strength is a tensor, so changing it needs
-    no recompilation of a compiled model.
+    no recompilation of a compiled model. `.gate` is the `SupportGate` of a gated vector, else None.
     """
 
     def __init__(
         self, model: nn.Module, vector: SteeringVector, strength: float, layers: list[int]
     ):
         self.vector, self.layers = vector, layers
-        modules = steered_modules(model)
-        device = next(modules[layers[0]].parameters()).device
-        self._strength = torch.tensor(float(strength), device=device)
-        self._handles = [
-            modules[layer].register_forward_hook(self._shift(modules[layer], layer))
-            for layer in layers
-        ]
+        modules = steered_modules(model) if layers else []
+        mlps = {layer: vision_mlp(model, layer) for layer in vector.vision}
+        first = modules[layers[0]] if layers else next(iter(mlps.values()))
+        self._strength = torch.tensor(float(strength), device=next(first.parameters()).device)
+        self.gate = None if vector.gate is None else SupportGate(model, layers, vector.gate)
+        self._handles = []
+        for layer in layers:
+            shift = self._shift(modules[layer], vector.directions[layer])
+            hook = _Shift(*shift) if self.gate is None else _GatedShift(self.gate, layer, *shift)
+            self._handles.append(modules[layer].register_forward_hook(hook))
+        for layer, mlp in mlps.items():
+            hook = _VisionShift(*self._shift(mlp, vector.vision[layer]))
+            self._handles.append(mlp.register_forward_hook(hook))
 
-    def _shift(self, module: nn.Module, layer: int) -> _Shift:
+    def _shift(self, module: nn.Module, direction: torch.Tensor) -> tuple[Any, ...]:
         device = next(module.parameters()).device
-        direction = self.vector.directions[layer].to(device)
-        return _Shift(direction, self._strength, self.vector.mode)
+        return direction.to(device), self._strength, self.vector.mode
 
     @property
     def strength(self) -> float:
@@ -310,6 +435,8 @@ class Steering:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self.gate is not None:
+            self.gate.remove()
 
     def __enter__(self) -> Self:
         return self
@@ -335,7 +462,7 @@ def attach_steering(
         model: the model; its weights and state-dict keys stay as they are.
         vector: the directions.
         strength: factor on them; None takes the vector's default.
-        layers: which of the vector's layers to steer; None takes all.
+        layers: which of the vector's decoder layers to steer; None takes all.
 
     Returns:
         A `Steering` handle, active until `.detach()` or the end of its `with` block.
@@ -344,9 +471,11 @@ def attach_steering(
         ValueError: when the family is not supported, or vector, layers and model do not fit.
     """
     chosen = vector.layers if layers is None else sorted(set(layers))
-    if not chosen:
+    if not chosen and (layers is not None or not vector.vision):
         raise ValueError("layers is empty; name at least one layer, or None for all.")
-    check_layers(model, chosen, vector)
+    if chosen:
+        check_layers(model, chosen, vector)
+    check_vision(model, vector)
     strength = vector.strength if strength is None else strength
     check_strength(strength)
     return Steering(model, vector, strength, chosen)

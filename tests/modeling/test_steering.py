@@ -10,7 +10,7 @@ from tiny_models import tiny_inputs, tiny_internvl, tiny_llava, tiny_processor
 from torch import nn
 
 from firsthand.modeling.families import steered_modules
-from firsthand.modeling.steering import SteeringVector, attach_steering
+from firsthand.modeling.steering import MODES, SteeringVector, attach_steering
 
 BUILDERS = {"llava": tiny_llava, "internvl": tiny_internvl}
 QUESTIONS = ["What?", "Is there a dog in the image?"]
@@ -50,7 +50,7 @@ def _generate(model, inputs, **kwargs):
 # identities
 
 
-@pytest.mark.parametrize("mode", ["add", "norm"])
+@pytest.mark.parametrize("mode", MODES)
 def test_strength_zero_is_bit_identical(model, inputs, mode):
     logits, answer = _logits(model, inputs), _generate(model, inputs)
     with attach_steering(model, _vector(mode=mode), strength=0):
@@ -235,7 +235,10 @@ def test_a_copied_model_keeps_its_own_steering(model, inputs):
 
 
 def test_save_and_load_are_exact(tmp_path):
-    vector = _vector(method="svd", base_model="org/model", strength=-0.3, mode="norm", pairs=7)
+    vector = _vector(
+        method="svd", base_model="org/model", strength=-0.3, mode="norm", pairs=7, seed=3, gate=0.2,
+        vision={1: torch.randn(17, 24)},
+    )  # fmt: skip
     vector.save_pretrained(tmp_path)
     loaded = SteeringVector.from_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
@@ -245,7 +248,8 @@ def test_save_and_load_are_exact(tmp_path):
     }
     assert loaded.layers == vector.layers
     assert all(torch.equal(loaded.directions[i], vector.directions[i]) for i in vector.layers)
-    plain = [{**vars(v), "directions": None} for v in (loaded, vector)]
+    assert list(loaded.vision) == [1] and torch.equal(loaded.vision[1], vector.vision[1])
+    plain = [{**vars(v), "directions": None, "vision": None} for v in (loaded, vector)]
     assert plain[0] == plain[1]
 
 
@@ -253,7 +257,7 @@ def test_the_card_is_complete(tmp_path):
     _vector(base_model="org/model", pairs=7).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "org/model" and card.data.library_name == "firsthand"
-    assert "7\ncontrast pairs" in card.text and str(tmp_path) in card.text
+    assert "7 contrast pairs" in card.text and str(tmp_path) in card.text
 
 
 def test_a_local_base_model_is_not_claimed_on_the_hub(tmp_path):
