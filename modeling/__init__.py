@@ -12,6 +12,7 @@ _WHERE = {
     "attach_steering": "steering",
     "explain": "relevancy",
     "fit_steering": "steering_fit",
+    "fold_steering": "steering_weights",
 }
 __all__ = sorted(_WHERE)
 

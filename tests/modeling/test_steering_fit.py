@@ -1,13 +1,22 @@
 """Fitting: against a slow, unbatched computation, and on pairs whose direction is known."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
-from tiny_models import tiny_image, tiny_internvl, tiny_llava, tiny_processor, tiny_prompt
+from tiny_models import TINY, tiny_image, tiny_inputs, tiny_llava, tiny_processor, tiny_prompt
 
-from firsthand.modeling.families import steered_modules
-from firsthand.modeling.steering_fit import METHODS, fit_steering
+from firsthand.modeling.families import decoder_layers, steered_modules, vision_layers
+from firsthand.modeling.steering import attach_steering
+from firsthand.modeling.steering_fit import (
+    METHODS,
+    contrast_differences,
+    fit_steering,
+    fit_vista,
+)
+from firsthand.modeling.steering_vision import fit_vti_vision, masked_patches
 
-BUILDERS = {"llava": tiny_llava, "internvl": tiny_internvl}
+BUILDERS = TINY
 ANSWERS = ["a dog top left.", "a cat.", "a car bottom left, a tree bottom right.", "Yes.", "a cup"]
 
 
@@ -95,10 +104,10 @@ def test_methods_on_differences_with_a_known_direction():
     shift[0], axis[1] = 3.0, 1.0
     amounts = torch.randn(200, 1, generator=generator)
     noise = 0.01 * torch.randn(200, 16, generator=generator)
-    differences = shift + noise + (amounts - amounts.mean() + 0.05) * axis
-    assert _cosine(METHODS["mean"](differences), shift) > 0.99
-    assert _cosine(METHODS["svd"](differences), shift) > 0.99
-    assert _cosine(METHODS["pca"](differences), axis) > 0.99
+    differences = (shift + noise + (amounts - amounts.mean() + 0.05) * axis)[:, None]
+    assert _cosine(METHODS["mean"].estimate(differences)[0], shift) > 0.99
+    assert _cosine(METHODS["svd"].estimate(differences)[0], shift) > 0.99
+    assert _cosine(METHODS["pca"].estimate(differences)[0], axis) > 0.99
 
 
 def _cosine(a, b):
@@ -142,3 +151,163 @@ def test_a_processor_without_template_is_refused():
     processor.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         fit_steering(tiny_llava(), processor, _pairs(1), progress=False)
+
+
+# methods of their own
+
+
+def test_vti_turns_every_layer_by_one_angle_towards_mean_and_component():
+    model, processor = tiny_llava(), tiny_processor()
+    differences = contrast_differences(
+        model, processor, _pairs(), [0, 1], site="layer", position="last", progress=False
+    )
+    flat = differences.flatten(1)
+    component = torch.linalg.svd(flat - flat.mean(0), full_matrices=False).Vh[0]
+    component = component * (component @ flat.mean(0)).sign()
+    expected = (flat.mean(0) + component).view(2, -1)
+    vector = fit_steering(model, processor, _pairs(), method="vti", progress=False)
+    assert vector.mode == "turn"
+    for layer in (0, 1):
+        assert vector.directions[layer].norm().item() == pytest.approx(0.1)
+        assert _cosine(vector.directions[layer], expected[layer]) > 0.9999
+
+
+@torch.no_grad()
+def _layer_outputs(model, inputs, layer):
+    kept = []
+    handle = decoder_layers(model)[layer].register_forward_hook(lambda m, a, o: kept.append(o))
+    model(**inputs)
+    handle.remove()
+    return kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+
+
+def test_last_and_all_positions_are_what_they_say(setup):
+    model, processor = setup
+    pair = _pairs(1)[0]
+    ends, means = [], []
+    for side in ("positive", "negative"):
+        text = tiny_prompt(processor, pair[side]["question"]) + pair[side]["answer"]
+        inputs = processor(images=[pair[side]["image"]], text=[text], return_tensors="pt")
+        states = _layer_outputs(model, inputs, 1)[0]
+        ends.append(states[-1]), means.append(states.mean(0))
+    for position, sides in (("last", ends), ("all", means)):
+        found = contrast_differences(
+            model, processor, [pair], [1], site="layer", position=position, progress=False
+        )
+        torch.testing.assert_close(found[0, 0], sides[0] - sides[1], atol=1e-4, rtol=1e-4)
+
+
+def test_cas_takes_early_middle_layers_and_its_sign_is_free():
+    model, processor = tiny_llava(layers=8), tiny_processor()
+    vector = fit_steering(model, processor, _pairs(2), method="cas", progress=False)
+    assert vector.layers == [2, 3]
+    inputs = tiny_inputs(processor)
+    with torch.no_grad(), attach_steering(model, vector, strength=-2.0):
+        back = model(**inputs).logits
+        with attach_steering(model, vector, strength=2.0):
+            there = model(**inputs).logits
+    torch.testing.assert_close(there, model(**inputs).logits, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(back, there, atol=1e-2)
+
+
+def test_vista_is_the_prompt_with_its_image_minus_without(setup):
+    model, processor = setup
+    vector = fit_vista(model, processor, tiny_image(3), "What?")
+    with_image = processor(
+        images=[tiny_image(3)], text=[tiny_prompt(processor, "What?")], return_tensors="pt"
+    )
+    message = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    text = processor.apply_chat_template(message, add_generation_prompt=True)
+    without = processor(text=[text], return_tensors="pt")
+    for layer in (0, 1):
+        seen, unseen = (_layer_outputs(model, i, layer)[0, -1] for i in (with_image, without))
+        assert vector.directions[layer].norm().item() == pytest.approx(1)
+        assert _cosine(vector.directions[layer], seen - unseen) > 0.9999
+    assert vector.mode == "vista"
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_vti_vision_is_the_mean_over_maskings(family):
+    model, processor = TINY[family](), tiny_processor(family)
+    images = [tiny_image(i) for i in range(2)]
+    vector = fit_vti_vision(model, processor, images, 0.5, trials=3, batch_size=2, progress=False)
+    assert not vector.directions and len(vector.vision) == 3 and vector.mode == "turn"
+    slow = 0
+    for index, image in enumerate(images):
+        generator = torch.Generator().manual_seed(index)
+        inputs = processor(images=[image], text=[tiny_prompt(processor)], return_tensors="pt")
+        states = _vision_states(model, inputs, inputs["pixel_values"])
+        masked = [masked_patches(inputs["pixel_values"], 14, 0.5, generator) for _ in range(3)]
+        slow = slow + sum(_vision_states(model, inputs, one) for one in masked) / 3 - states
+    assert _cosine(vector.vision[1].flatten(), _unit(slow / 2).flatten()) > 0.9999
+    assert vector.vision[1].norm(dim=-1).mean().item() == pytest.approx(0.1)
+
+
+def _unit(states):
+    return torch.nn.functional.normalize(states, dim=-1)
+
+
+@torch.no_grad()
+def _vision_states(model, inputs, pixels):
+    kept = []
+    handle = vision_layers(model)[1].register_forward_hook(lambda m, a, o: kept.append(o))
+    model(**{**inputs, "pixel_values": pixels})
+    handle.remove()
+    states = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+    return states.mean(0) if states.ndim == 2 else states[0]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 28, 42), (6, 3 * 14 * 14)])
+def test_masking_fills_the_share_with_the_channels_mean(shape):
+    pixels = torch.randn(shape)
+    masked = masked_patches(pixels, 14, 0.5, torch.Generator().manual_seed(0))
+    changed = (masked != pixels).float().mean().item()
+    assert changed == pytest.approx(0.5, abs=0.01)
+    channels = pixels.view(shape[0], 3, -1)
+    means = channels.mean((-1,)) if len(shape) == 4 else channels.mean((0, 2)).expand(6, 3)
+    filled = masked.view(shape[0], 3, -1)
+    for item in range(shape[0]):
+        for channel in range(3):
+            new = filled[item, channel][filled[item, channel] != channels[item, channel]]
+            torch.testing.assert_close(new, means[item, channel].expand_as(new))
+
+
+# what was fitted is kept
+
+
+class _Counting(Sequence):
+    """Pairs that say how often they were read; `stop` ends the process that reads one."""
+
+    def __init__(self, pairs, stop=None):
+        self.pairs, self.stop, self.read = pairs, stop, []
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        if index == self.stop:
+            raise KeyboardInterrupt
+        self.read.append(index)
+        return self.pairs[index]
+
+
+def test_a_stopped_fit_goes_on_where_it_was(tmp_path):
+    model, processor = tiny_llava(), tiny_processor()
+    whole = fit_steering(model, processor, _pairs(), batch_size=2, progress=False)
+    settings = {"batch_size": 2, "progress": False, "folder": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        fit_steering(model, processor, _Counting(_pairs(), stop=4), **settings)
+    rest = _Counting(_pairs())
+    vector = fit_steering(model, processor, rest, **settings)
+    assert rest.read == [4]
+    assert all(torch.equal(vector.directions[i], whole.directions[i]) for i in whole.layers)
+    with pytest.raises(ValueError, match="another fit"):
+        fit_steering(model, processor, _pairs(), layers=[0], **settings)
+
+
+def test_a_pair_that_could_not_be_made_is_left_out():
+    model, processor = tiny_llava(), tiny_processor()
+    pairs = [*_pairs(2), None, *_pairs(3)[2:]]
+    vector = fit_steering(model, processor, pairs, batch_size=1, progress=False)
+    expected = fit_steering(model, processor, _pairs(3), batch_size=1, progress=False)
+    assert vector.pairs == 3 and torch.equal(vector.directions[0], expected.directions[0])
