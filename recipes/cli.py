@@ -1,5 +1,5 @@
-"""The command line: `firsthand <verb>`; every parser stands here or in `cli_lrv`, and every handler
-is imported late.
+"""The command line: `firsthand <verb>`; parsers stand here and in cli_lrv.py and cli_steer.py, and
+every handler is imported late.
 
 What it is: argparse and one dispatch. What it is not: a place for work; verbs live in the module
 that their parser names.
@@ -15,7 +15,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from firsthand.recipes import cli_lrv
+from firsthand.recipes import cli_lrv, cli_steer
 
 EXPECTED = (ValueError, OSError, ImportError)  # the user's input or machine, not our bug
 
@@ -350,24 +350,6 @@ def _train(verbs: argparse._SubParsersAction) -> None:
     merge.set_defaults(module="train_merge")
 
 
-def _steer(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("steer", help="fit a steering vector, or answer with one")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    fit = actions.add_parser("fit", help="from contrast pairs (JSONL), or the demo's scenes")
-    _common_model(fit)
-    fit.add_argument("--pairs", help='JSONL rows {"positive": {image, question, answer}, ...}')
-    fit.add_argument("--method", default="mean", choices=("mean", "svd", "pca"))
-    fit.add_argument("--out", required=True, help="folder for the vector")
-    apply = actions.add_parser("apply", help="plain and steered answer side by side")
-    _common_model(apply)
-    apply.add_argument("--vector", required=True, help="folder or Hub id of a steering vector")
-    apply.add_argument("--strength", type=float, help="the vector's own if absent")
-    apply.add_argument("--image", required=True)
-    apply.add_argument("--question", default="Describe the image.")
-    for one in (fit, apply):
-        one.set_defaults(module="steer")
-
-
 def _staged(parser: argparse.ArgumentParser, data: str) -> None:
     parser.add_argument("--data", required=True, help=f"Parquet or Hub id of {data}")
     parser.add_argument("--split", default="train", help="of the Hub's data set")
@@ -480,7 +462,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Find out, explain and mend hallucination in vision-language models.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_demo, _augment, _train, _measure, _explain, _steer, _env):
+    for add in (_demo, _augment, _train, _measure, _explain, cli_steer.add, _env):
         add(verbs)
     return parser
 
