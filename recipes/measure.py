@@ -208,12 +208,12 @@ def _judged(metric: ModuleType, args: argparse.Namespace) -> Scorer:
     def score(rows: list[Row]) -> Measured:
         failures: list[str] = []
         rated = metric.rate(rows, _judge(endpoint, metric, failures), args.skip_bad)
+        if endpoint:
+            print(f"requests: {endpoint.report()}")
         unread = [row["unparsed"] for row in rated if "unparsed" in row]
         if unread and all(row.get("error") or row.get("unparsed") for row in rated):
             why = (failures or unread)[0]
             raise ValueError(f"{args.endpoint} rated none of {len(unread)} answers: {why}")
-        if endpoint:
-            print(f"requests: {endpoint.report()}")
         options = {"skip_bad": args.skip_bad}
         scores = metric.score(rated, **options)
         scores.pop("skipped", None)

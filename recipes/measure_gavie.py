@@ -141,15 +141,15 @@ class Judging:
 
     def report(self, rated: list[Row]) -> None:
         """Print counts and cost. Raises ValueError where nothing at all could be read."""
-        unread = [row["unparsed"] for row in rated if "unparsed" in row]
         if self.endpoint is None:
             return
+        print(f"requests: {self.endpoint.report()}")
+        unread = [row["unparsed"] for row in rated if "unparsed" in row]
         if unread and not any("ratings" in row for row in rated):
             why = self.failures[0] if self.failures else unread[0]
             raise ValueError(
                 f"{self.endpoint.base_url} marked none of {len(unread)} answers: {why}"
             )
-        print(f"requests: {self.endpoint.report()}")
         for reason, times in Counter(self.failures).most_common(3):
             print(f"failed {times} times: {reason}")
 

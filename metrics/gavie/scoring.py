@@ -204,8 +204,8 @@ def score(rows: Iterable[Row], skip_bad: bool = False) -> dict[str, Any]:
         two samples or more `gavie_relevance_spread` and `gavie_accuracy_spread`, the mean standard
         deviation among an answer's samples (0..7.1, lower is steadier). `gavie_rule_...` where
         rules gave the marks. `n` rated, `n_unparsed` (no sample could be read: in no figure, never
-        a 0), `n_unread` samples of rated answers, `n_errors`, `n_skipped`, `prompt_hash`. NaN where
-        nothing was rated.
+        a 0), `n_unread` samples of rated answers, `n_errors`, `n_skipped`, `prompt_hash` (of a
+        language model's prompts). NaN where nothing was rated.
 
     Raises:
         ValueError: duplicate ids, rows without id or ratings, marks outside 0..10, rows of which
@@ -214,7 +214,8 @@ def score(rows: Iterable[Row], skip_bad: bool = False) -> dict[str, Any]:
     rated, counts, skipped = sort_rows(rows, skip_bad, _fault)
     result: dict[str, Any] = {name: ratio(column) for name, column in _columns(rated).items()}
     n_unread = sum(len(row.get("unread", ())) for row in rated)
-    result |= counts | {"n_unread": n_unread, "prompt_hash": PROMPT_HASH}
+    result |= counts | {"n_unread": n_unread}
+    result |= {"prompt_hash": PROMPT_HASH} if _prefix(rated) == "gavie" else {}
     return result | ({"skipped": skipped} if skip_bad else {})
 
 
