@@ -196,7 +196,7 @@ class Answerer:
         return [self.name, request.image_key, request.text, decoding]
 
     def _row(self, key: str, request: Request) -> dict[str, Any]:
-        row = {"id": key, "image_id": request.image_key, "question": request.text}
+        row: dict[str, Any] = {"id": key, "image_id": request.image_key, "question": request.text}
         row["image"] = stored_image(request.stored)
         if request.draw:
             row["seed"] = f"{self.seed}/{request.draw}/{request.image_key}/{request.text}"

@@ -63,11 +63,11 @@ class Respond(Step):
         done = []
         for row, problem in zip(rows, problems, strict=True):
             said = [] if problem else [next(replies) for _ in draws]
-            responses = [self._response(draw, reply) for draw, reply in enumerate(said)]
-            made = {"responses": marked(responses), "responder": self.answerer.name}
+            responses = marked([self._response(draw, one) for draw, one in enumerate(said)])
+            made: Row = {"responses": responses, "responder": self.answerer.name}
             if problem is None:
                 made["prompt_key"] = prompt_key(row)
-                problem = too_few(made["responses"])
+                problem = too_few(responses)
             reason = {DROPPED: f"{self.name}: {problem}"} if problem else {}
             done.append({**row, **made, **reason})
         return done
