@@ -43,6 +43,8 @@ class Family:
         mixes: whether image tokens mix the outputs of several layers of the vision encoder; then
             relevancy is not carried through it.
         qformer: path of the list of layers of a Q-Former, whose queries are then the image tokens.
+        pack: where one image is shown as a base view and tiles: what packs their features, views x
+            patches x D, image sizes and a newline's feature into features of the image's tokens.
         answer_type: what `token_type_ids` say of an answer's tokens. 1 where 0 means a prompt that
             is read in both directions.
         image_token: config field with the id of the image token.
@@ -58,6 +60,7 @@ class Family:
     order: Callable[[PreTrainedConfig, Grid], torch.Tensor] | None = None
     mixes: Callable[[PreTrainedConfig], bool] = lambda config: False
     qformer: str | None = None
+    pack: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     answer_type: int = 0
     image_token: str = "image_token_id"
 
@@ -139,6 +142,21 @@ def _llava(model_type: str, merge: Callable[[PreTrainedConfig], int], **fields: 
     )
 
 
+def _pack_next(
+    model: Any, views: torch.Tensor, sizes: torch.Tensor, newline: torch.Tensor
+) -> torch.Tensor:
+    strategy = model.config.vision_feature_select_strategy
+    return model.pack_image_features([views], sizes, strategy, image_newline=newline)[0][0]
+
+
+def _pack_onevision(
+    model: Any, views: torch.Tensor, sizes: torch.Tensor, newline: torch.Tensor
+) -> torch.Tensor:
+    ratio = model.config.vision_aspect_ratio
+    packed, _ = model.pack_image_features([views], sizes, newline, vision_aspect_ratio=ratio)
+    return packed[0]
+
+
 def _qwen(model_type: str, order: Callable[[PreTrainedConfig, Grid], torch.Tensor]) -> Family:
     return Family(
         model_type=model_type,
@@ -181,6 +199,10 @@ def _blip(model_type: str) -> Family:
 FAMILIES: dict[str, Family] = {
     "llava": _llava("llava", _one_patch, mixes=_several_layers),
     "internvl": _llava("internvl", _pixel_shuffle, mixes=_several_layers),
+    "llava_next": _llava("llava_next", _one_patch, mixes=_several_layers, pack=_pack_next),
+    "llava_onevision": _llava(
+        "llava_onevision", _one_patch, mixes=_several_layers, pack=_pack_onevision
+    ),
     "qwen2_vl": _qwen("qwen2_vl", _by_blocks),
     "qwen2_5_vl": _qwen("qwen2_5_vl", _by_windows),
     "qwen3_vl": replace(_qwen("qwen3_vl", _by_blocks), mixes=_deepstack),
@@ -201,8 +223,6 @@ TILES = (
     "image tokens overlap the image twice and lie on no one grid"
 )
 REFUSED: dict[str, str] = {
-    "llava_next": TILES,
-    "llava_onevision": TILES,
     "instructblipvideo": "it reads the frames of a video, and everything here reads one image",
 }
 
@@ -447,6 +467,8 @@ def image_grids(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[Gri
 def _check_places(family: Family) -> None:
     if family.qformer is not None:
         raise ValueError(f"{family.model_type!r} has no grid of image tokens: {Q_FORMER}.")
+    if family.pack is not None:
+        raise ValueError(f"{family.model_type!r} has no grid of image tokens: {TILES}.")
 
 
 def _vision_row(config: PreTrainedConfig) -> VisionTower:

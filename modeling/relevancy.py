@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from transformers import (
     BatchFeature,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -29,10 +28,8 @@ from transformers import (
 
 from .explanation import Explanation, token_spans, tokens_within
 from .families import (
-    Grid,
     decoder_layers,
     family_of,
-    image_grids,
     image_mask,
     unwrap,
     vision_layers,
@@ -40,6 +37,7 @@ from .families import (
 from .image_baselines import Baseline, baseline_image
 from .logit_lens import layer_states, logit_lens
 from .relevancy_attention import Backend, Recorder, recording
+from .relevancy_layout import Layout, layout_of
 from .relevancy_vision import entering_queries, patch_relevancy, patch_spread
 
 
@@ -83,12 +81,12 @@ def explain(
     decoder_layers(inner), vision_layers(inner)
     image = image.convert("RGB")
     inputs = _inputs(inner, processor, image, question)
-    grid = _grid(inner.config, inputs)
+    layout = layout_of(inner, inputs)
     with _frozen(inner):
         answer_ids = _answer_ids(inner, tokenizer, inputs, answer, max_new_tokens)
         selected = _selected(tokens, len(answer_ids))
         asked = _ask(inner, inputs, answer_ids)
-        rows, patches, chances, states = _rows(inner, asked, grid, selected, backend, layers)
+        rows, patches, chances, states = _rows(inner, asked, layout, selected, backend, layers)
         more: dict[str, Any] = {"patches": patches, "probability": chances.exp()}
         if layers:
             more |= logit_lens(inner, states, tokenizer)
@@ -96,7 +94,7 @@ def explain(
             given = _inputs(inner, processor, baseline_image(np.asarray(image), baseline), question)
             others = _log_probability(_logits(inner, _ask(inner, given, answer_ids)), answer_ids)
             more |= {"baseline": baseline, "log_likelihood_ratio": chances - others}
-    return _explanation(tokenizer, asked, grid, question, selected, rows, layers, more)
+    return _explanation(tokenizer, asked, layout, question, selected, rows, layers, more)
 
 
 def _check_request(question: str, backend: str, baseline: str | None) -> None:
@@ -136,19 +134,6 @@ def _inputs(
     inputs = processor(images=[[image]], text=[prompt], return_tensors="pt")
     inputs.pop("labels", None)
     return inputs.to(model.device, model.dtype)
-
-
-def _grid(config: PreTrainedConfig, inputs: BatchFeature) -> Grid:
-    """Rows and columns of the image's tokens; those of a Q-Former stand in one row."""
-    if family_of(config).qformer is not None:
-        return 1, config.num_query_tokens
-    grids = image_grids(config, inputs)
-    if len(grids) != 1:
-        raise ValueError(
-            f"The processor made {len(grids)} images of one. Relevancy needs the whole image as "
-            "one: switch tiles off (do_image_splitting or crop_to_patches of its image_processor)."
-        )
-    return grids[0]
 
 
 def _answer_ids(
@@ -231,7 +216,7 @@ def _log_probability(logits: torch.Tensor, answer_ids: list[int]) -> torch.Tenso
 def _rows(
     model: PreTrainedModel,
     asked: _Asked,
-    grid: Grid,
+    layout: Layout,
     selected: list[int],
     backend: Backend,
     layers: bool,
@@ -240,7 +225,7 @@ def _rows(
     log-probabilities [A]; the decoder's states at the positions that predict it (if `layers`)."""
     pixels = asked.given["pixel_values"].clone().requires_grad_()
     answer_ids = asked.given["input_ids"][0, asked.positions + 1].tolist()
-    spread = patch_spread(model.config, asked.image, grid)
+    spread = patch_spread(model.config, asked.image, layout)
     recorder = Recorder(model, spread, backend, per_layer=layers)
     text, vision = [], []
     watched = layer_states(model, asked.positions if layers else asked.positions[:0])
@@ -254,7 +239,7 @@ def _rows(
             rows = recorder.rows["text"].cpu()
             rows[:, at] -= 1
             text.append(_finite(rows, model.dtype))
-            patches = patch_relevancy(model, recorder, rows[-1, asked.image], grid)
+            patches = patch_relevancy(model, recorder, rows[-1, asked.image], layout)
             if patches is not None:
                 vision.append(patches)
     chances = _log_probability(logits, answer_ids)
@@ -270,7 +255,7 @@ def _finite(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _explanation(
     tokenizer: PreTrainedTokenizerBase,
     asked: _Asked,
-    grid: Grid,
+    layout: Layout,
     question: str,
     selected: list[int],
     rows: torch.Tensor,
@@ -283,7 +268,7 @@ def _explanation(
     answer, spans = token_spans(tokenizer, answer_ids)
     positions, pieces = _question(tokenizer, ids[:first], asked.image[:first], question)
     if layers:
-        more |= _parts(rows, asked, positions, grid, "image_layers question_layers answer_layers")
+        more |= _parts(rows, asked, positions, layout, "image_layers question_layers answer_layers")
     return Explanation(
         question=question,
         answer=answer,
@@ -292,17 +277,19 @@ def _explanation(
         spans=spans,
         selected=selected,
         question_tokens=pieces,
-        **_parts(rows[:, -1], asked, positions, grid, "image question_relevancy answer_relevancy"),
+        **_parts(
+            rows[:, -1], asked, positions, layout, "image question_relevancy answer_relevancy"
+        ),
         **more,
     )
 
 
 def _parts(
-    rows: torch.Tensor, asked: _Asked, question: list[int], grid: Grid, names: str
+    rows: torch.Tensor, asked: _Asked, question: list[int], layout: Layout, names: str
 ) -> dict[str, Any]:
     """Rows [..., n] as relevancy to image [..., R, C], question [..., Q] and answer [..., A]."""
     parts = (
-        rows[..., asked.image].unflatten(-1, grid),
+        layout.over_image(rows[..., asked.image]),
         rows[..., question],
         rows[..., asked.positions.cpu() + 1],
     )

@@ -88,7 +88,8 @@ class Recorder:
     def call(self, module: nn.Module, length: int) -> Call:
         """A call of an attention module; in its tower's sequence it works after its last one.
 
-        Packed images and attention windows are one call each, in the order of the sequence.
+        Packed images, attention windows and the views of a batch are one call each, in the order
+        of the sequence.
         """
         start = self.ends.get(module, 0)
         self.ends[module] = start + length
@@ -181,7 +182,7 @@ def relevancy_attention(
 
     Raises:
         ValueError: for attention that the rule does not cover (sinks, position biases,
-            cross-attention, a batch of images), rather than an inexact map.
+            cross-attention, a batch of sequences), rather than an inexact map.
     """
     scores = Scaling(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
     recorder = _ACTIVE.get()
@@ -189,11 +190,14 @@ def relevancy_attention(
         output = _plain(query, key, value, attention_mask, scores)
     else:
         _check(recorder, module, query, key, attention_mask, kwargs)
-        call = recorder.call(module, query.shape[2])
-        if recorder.backend == "streaming":
-            output = _Streaming.apply(query, key, value, attention_mask, scores, recorder, call)
-        else:
-            output = _eager(query, key, value, attention_mask, scores, recorder, call)
+        attend = _Streaming.apply if recorder.backend == "streaming" else _eager
+        mask = attention_mask
+        output = torch.cat(
+            [
+                attend(q, k, v, mask, scores, recorder, recorder.call(module, q.shape[2]))
+                for q, k, v in zip(query.split(1), key.split(1), value.split(1), strict=True)
+            ]
+        )
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -212,7 +216,8 @@ def _check(
     if module not in recorder.tower_of:
         raise ValueError(f"{name} lies outside the decoder and the vision encoder; cannot explain.")
     tower = recorder.tower_of[module]
-    if query.shape[0] != 1 or (query.shape[2] != key.shape[2] and tower != "qformer"):
+    alone = query.shape[0] == 1 or (tower == "vision" and mask is None)
+    if not alone or (query.shape[2] != key.shape[2] and tower != "qformer"):
         raise ValueError(
             f"{name} got queries {tuple(query.shape)} and keys {tuple(key.shape)}; relevancy needs "
             "self-attention of one sequence and one image (no tiles or cached keys)."

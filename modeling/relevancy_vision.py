@@ -3,9 +3,9 @@
 It knows how a family lays tokens on patches and what stands between them (a merger, a Q-Former);
 the rule itself is in relevancy_attention.py and relevancy_qformer.py.
 
-    spread = patch_spread(config, image, grid); recorder = Recorder(model, spread, backend)
+    spread = patch_spread(config, image, layout); recorder = Recorder(model, spread, backend)
     with entering_queries(model) as queries: ...
-    patch_relevancy(model, recorder, row[image], grid)
+    patch_relevancy(model, recorder, row[image], layout)
 """
 
 from collections.abc import Callable, Iterator
@@ -26,26 +26,30 @@ from .families import (
     vision_prefix_tokens,
 )
 from .relevancy_attention import Recorder
+from .relevancy_layout import Layout
 from .relevancy_qformer import query_relevancy
 
 
 def patch_spread(
-    config: PreTrainedConfig, image: torch.Tensor, grid: Grid
+    config: PreTrainedConfig, image: torch.Tensor, layout: Layout
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """From a row over the sequence to one over the vision encoder's tokens.
 
     Args:
         config: the model's config.
         image: bool [n], True at the image tokens.
-        grid: (R, C) of the image tokens.
+        layout: where they lie.
 
     Returns:
-        `spread_over_patches` of this image; None where image tokens have no patches of their own
-        (queries of a Q-Former) or mix outputs of several layers.
+        `spread_over_patches` or `spread_over_views` of this image; None where image tokens have no
+        patches of their own (queries of a Q-Former) or mix outputs of several layers.
     """
     family = family_of(config)
     if family.qformer is not None or family.mixes(config):
         return None
+    if layout.places is not None:
+        return partial(spread_over_views, image=image, places=layout.places, encoded=layout.encoded)
+    grid = layout.grid
     return partial(
         spread_over_patches,
         image=image,
@@ -82,6 +86,21 @@ def spread_over_patches(
     return torch.cat([row.new_zeros(prefix), patches.flatten()[order.to(row.device)]])
 
 
+def spread_over_views(
+    row: torch.Tensor, image: torch.Tensor, places: torch.Tensor, encoded: int
+) -> torch.Tensor:
+    """Each image token's relevancy on its patch in one of several views, [encoded].
+
+    Args:
+        row: [n] over the sequence.
+        image: bool [n], True at the image tokens.
+        places, encoded: as in `Layout`.
+    """
+    tokens, places = row[image.to(row.device)], places.to(row.device)
+    found = places >= 0
+    return row.new_zeros(encoded).index_add_(0, places[found], tokens[found])
+
+
 @contextmanager
 def entering_queries(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """What enters a Q-Former, as a tensor that needs gradients: the image decides nothing of it.
@@ -103,21 +122,21 @@ def entering_queries(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
 
 
 def patch_relevancy(
-    model: PreTrainedModel, recorder: Recorder, image: torch.Tensor, grid: Grid
+    model: PreTrainedModel, recorder: Recorder, image: torch.Tensor, layout: Layout
 ) -> torch.Tensor | None:
     """The relevancy of the patches [r, c] once the backward pass is done.
 
     Args:
         model: the model.
         recorder: what saw the backward pass.
-        image: relevancy of the image tokens, [R * C].
-        grid: (R, C).
+        image: relevancy of the image tokens, [N].
+        layout: where they lie.
 
     Returns:
         None where relevancy is not carried through the encoder.
     """
     config = model.config
-    shape, order = _patches(config, grid)
+    shape, order = _patches(config, layout.grid)
     if recorder.keeps:
         vision, layers = recorder.kept(vision_layers(model)), recorder.kept(qformer_layers(model))
         row = image @ query_relevancy([bar for (bar,) in vision], layers)
@@ -125,6 +144,9 @@ def patch_relevancy(
         row = recorder.rows["vision"][-1].cpu()
     else:
         return None
+    if layout.places is not None:
+        seen = torch.where(layout.places >= 0, row[layout.places.clamp(min=0)], 0)
+        return layout.over_image(seen)
     row = row[vision_prefix_tokens(config) :]
     return torch.empty_like(row).index_copy_(0, order, row).view(shape)
 

@@ -50,7 +50,7 @@ def eager_maps(model: nn.Module) -> Iterator[Maps]:
 def full_matrix(logit: torch.Tensor, maps: Maps, tower: tuple[str, ...]) -> list[torch.Tensor]:
     """R [n, n] after each layer of one tower, A_bar = mean over heads of clamp(A * dlogit/dA, 0).
 
-    Maps of several calls (windows) are blocks on the diagonal.
+    Maps of several calls (windows) or images (views) are blocks on the diagonal.
     """
     totals: list[torch.Tensor] = []
     for name, kept in maps.items():
@@ -59,7 +59,11 @@ def full_matrix(logit: torch.Tensor, maps: Maps, tower: tuple[str, ...]) -> list
         grads = torch.autograd.grad(logit, kept, retain_graph=True, allow_unused=True)
         if grads[0] is None:  # a layer behind the one whose output is used
             continue
-        bars = [(a * g)[0].clamp(min=0).mean(0) for a, g in zip(kept, grads, strict=True)]
+        bars = [
+            bar
+            for a, g in zip(kept, grads, strict=True)
+            for bar in (a * g).clamp(min=0).mean(1)  # [B, n, n]: of each view
+        ]
         layer = torch.block_diag(*bars)
         total = totals[-1] if totals else torch.eye(len(layer))
         totals.append((total + layer @ total).detach())
@@ -99,6 +103,36 @@ def chained(
     return patches.view(first.shape)
 
 
+def viewed(values: torch.Tensor) -> torch.Tensor:
+    """Values of tokens on the map [6, 8], of 80 x 60 pixels in a base view and 2 x 2 tiles.
+
+    4 x 4 tokens of the base view come first; 6 rows of 8, each with a newline, follow.
+    """
+    base, fine = values[:16].view(4, 4), values[16:].view(6, 9)[:, :8]
+    rows = (base.repeat_interleave(3, 0) / 3).view(6, 2, 4).sum(1)
+    return fine + rows.repeat_interleave(2, 1) / 2
+
+
+def through_views(tokens: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
+    """The same through R of the vision encoder, whose 5 views stand behind one another.
+
+    The tiles show the image with a row of patches above and below it.
+    """
+    size = len(vision) // 5
+    prefix = size - 16
+    places = [prefix + i for i in range(16)]
+    for r in range(1, 7):
+        for c in range(8):
+            tile = 1 + r // 4 * 2 + c // 4
+            places.append(tile * size + prefix + r % 4 * 4 + c % 4)
+        places.append(-1)  # the newline's
+    place = torch.tensor(places)
+    row = torch.zeros(len(vision))
+    row[place[place >= 0]] = tokens[place >= 0]
+    row = row @ vision
+    return viewed(torch.where(place >= 0, row[place], 0))
+
+
 def averaged(logit: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
     """A_bar of a module that was called once."""
     (weights,) = kept
@@ -133,12 +167,13 @@ def queried(logit: torch.Tensor, maps: Maps, tokens: torch.Tensor) -> torch.Tens
 
 
 def oracle(
-    model, processor, image, question: str, answer: str, grid: tuple[int, int], merge: int | None
+    model, processor, image, question: str, answer: str, grid: tuple[int, int], merge: int | str
 ):
     """Per answer token: its rows over the sequence after each layer [L, n], the last over the image
     tokens [R, C], and over the patches.
 
-    `merge` is None where the image tokens are a Q-Former's queries.
+    `merge` is "queries" where the image tokens are a Q-Former's, "views" where they are those of a
+    base view and tiles.
     """
     inputs = dict(
         processor(images=[[image]], text=[tiny_prompt(processor, question)], return_tensors="pt")
@@ -163,9 +198,11 @@ def oracle(
         logit = logits[at, token]
         rows = torch.stack([total[at] for total in full_matrix(logit, maps, TEXT)])
         rows[:, at] -= 1
-        tokens = rows[-1, seen].view(grid)
-        if merge is None:
-            yield rows, tokens, queried(logit, maps, tokens[0])
+        vision, tokens = full_matrix(logit, maps, VISION)[-1], rows[-1, seen]
+        if merge == "queries":
+            yield rows, tokens.view(grid), queried(logit, maps, tokens)
+        elif merge == "views":
+            yield rows, viewed(tokens), through_views(tokens, vision)
         else:
-            vision = full_matrix(logit, maps, VISION)[-1]
+            tokens = tokens.view(grid)
             yield rows, tokens, chained(model.config, inputs, tokens, merge, vision)

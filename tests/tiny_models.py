@@ -32,6 +32,8 @@ from transformers import (
     InternVLVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
     PaliGemmaProcessor,
     PreTrainedTokenizerFast,
@@ -41,11 +43,18 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 IMAGE_SIZE, PATCH_SIZE = 56, 14
+PINPOINTS = [[56, 112], [112, 56], [112, 112]]  # sizes of images in tiles, of LLaVA-NeXT's kind
 SPECIAL_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>", "<image>"]
 FAKE_TOKENS = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]  # of Idefics3
 GEMMA_TOKENS = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
@@ -135,6 +144,8 @@ def tiny_processor(family: str = "llava"):
         image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
         image_processor.image_seq_length = 16
         return PaliGemmaProcessor(image_processor, tiny_tokenizer(), chat_template=CHAT_TEMPLATE)
+    if family in ("llava_next", "llava_onevision"):
+        return _tiling_processor(family)
     if family in ("blip-2", "instructblip"):
         return _blip_processor(family)
     merged = {"llava": 1, "internvl": 2}[family]
@@ -151,6 +162,30 @@ def tiny_processor(family: str = "llava"):
         num_additional_image_tokens=0,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+class _StillsOnly(LlavaOnevisionProcessor):
+    """Without its video processor, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        return type(argument)
+
+
+def _tiling_processor(family: str):
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    if family == "llava_next":
+        image_processor = LlavaNextImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_grid_pinpoints=PINPOINTS
+        )
+        return LlavaNextProcessor(
+            image_processor, tiny_tokenizer(), patch_size=PATCH_SIZE, num_additional_image_tokens=1,
+            vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+        )  # fmt: skip
+    image_processor = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=PINPOINTS)
+    return _StillsOnly(
+        image_processor, tiny_tokenizer(), num_image_tokens=16,
+        vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
 
 
 def _blip_processor(family: str):
@@ -377,15 +412,47 @@ def tiny_blip(family: str = "blip-2", seed: int = 0, layers: int = 2):
     return _build(AutoModelForImageTextToText.from_config, config, seed)
 
 
+def tiny_tiling(family: str = "llava_next", seed: int = 0, layers: int = 2):
+    """A random LLaVA-NeXT (CLIP) or LLaVA-OneVision (SigLIP) in eval mode.
+
+    80 x 60 pixels are a base view of 4 x 4 tokens, and 2 x 2 tiles cut back to 6 x 8.
+    """
+    config = tiny_llava_config(layers=layers).to_dict()
+    config |= dict(model_type=family, image_grid_pinpoints=PINPOINTS)
+    if family == "llava_onevision":
+        vision = config["vision_config"]
+        sizes = {k: v for k, v in vision.items() if k.endswith(("size", "layers", "heads"))}
+        config["vision_config"] = {"model_type": "siglip_vision_model", **sizes}
+        config |= dict(vision_feature_select_strategy="full", vision_feature_layer=-1)
+    config = AutoConfig.for_model(**config)
+    return _build(AutoModelForImageTextToText.from_config, config, seed)
+
+
 PALIGEMMA_2 = partial(
     tiny_paligemma, text="gemma2", attn_logit_softcapping=1.0, final_logit_softcapping=5.0,
     query_pre_attn_scalar=8, sliding_window=8,
 )  # fmt: skip
 PARTIAL = {  # explained and steered, but without vision modeling
     "paligemma": tiny_paligemma,
+    "llava_next": partial(tiny_tiling, "llava_next"),
+    "llava_onevision": partial(tiny_tiling, "llava_onevision"),
     "blip-2": partial(tiny_blip, "blip-2"),
     "instructblip": partial(tiny_blip, "instructblip"),
 }
+
+
+ATTENTION_OUTPUTS = (
+    "out_proj", "projection_layer", "o_proj", "attention.output.dense", "attn.proj"
+)  # fmt: skip
+
+
+def cut_attention(layers) -> None:
+    """Make each token of an encoder depend on its own patch alone."""
+    for layer in layers:
+        cut = [m for name, m in layer.named_modules() if name.endswith(ATTENTION_OUTPUTS)]
+        assert cut
+        for module in cut:
+            torch.nn.init.zeros_(module.weight)
 
 
 def tiny_image(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:
@@ -402,11 +469,12 @@ def tiny_prompt(processor, question: str = "What is in the image?") -> str:
     )
 
 
-def tiny_inputs(processor, questions: list[str] | None = None) -> dict:
+def tiny_inputs(processor, questions: list[str] | None = None, images: list | None = None) -> dict:
     """Processed inputs, one image and question a row: input_ids, attention_mask, pixel_values."""
     questions = questions or ["What is in the image?"]
+    images = images or [tiny_image(seed) for seed in range(len(questions))]
     return processor(
-        images=[[tiny_image(seed)] for seed in range(len(questions))],
+        images=[[image] for image in images],
         text=[tiny_prompt(processor, question) for question in questions],
         padding=True,
         return_tensors="pt",

@@ -11,6 +11,7 @@ from tiny_models import (
     PARTIAL,
     PATCH_SIZE,
     TINY,
+    cut_attention,
     tiny_image,
     tiny_inputs,
     tiny_internvl,
@@ -26,8 +27,6 @@ from transformers import (
     InstructBlipVideoConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaOnevisionConfig,
     T5Config,
 )
 
@@ -55,15 +54,9 @@ from firsthand.modeling.relevancy import explain
 
 MODELS = TINY | PARTIAL
 QUERIES = ("blip-2", "instructblip")  # a Q-Former's, without places in the image
-PLACED = sorted(set(MODELS) - set(QUERIES))
+TILED = ("llava_next", "llava_onevision")  # base view and tiles: test_relevancy_layout.py
+PLACED = sorted(set(MODELS) - set(QUERIES) - set(TILED))
 FIXED = [name for name in PLACED if FAMILIES[name].grids is None]
-ATTENTION_OUTPUTS = (
-    "out_proj",
-    "projection_layer",
-    "o_proj",
-    "attention.output.dense",
-    "attn.proj",
-)
 
 
 def _model(family: str, vision: str):
@@ -102,7 +95,7 @@ PLACES = [
 
 
 def test_every_row_is_tested():
-    assert {family for family, _ in PLACES} | set(QUERIES) == set(FAMILIES) == set(MODELS)
+    assert {family for family, _ in PLACES} | {*QUERIES, *TILED} == set(FAMILIES) == set(MODELS)
     queried = {MODELS[family]().config.vision_config.model_type for family in QUERIES}
     assert {vision for _, vision in PLACES} | queried == set(VISION_TOWERS)
 
@@ -111,11 +104,7 @@ def test_every_row_is_tested():
 def test_a_patch_moves_the_token_that_the_grid_names(family, vision):
     """With attention between patches cut, one changed patch changes exactly one image token."""
     model = _model(family, vision)
-    for layer in vision_layers(model):
-        cut = [m for name, m in layer.named_modules() if name.endswith(ATTENTION_OUTPUTS)]
-        assert cut
-        for module in cut:
-            nn.init.zeros_(module.weight)
+    cut_attention(vision_layers(model))
     merge = family_of(model).merge(model.config)
     height, width = (4, 6) if family.startswith("qwen") else (4, 4)
     image = np.random.default_rng(0).integers(0, 100, (height * 14, width * 14, 3), dtype=np.uint8)
@@ -305,9 +294,12 @@ def test_queries_have_no_places(family):
 def test_what_cannot_be_served_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="'instructblipvideo' is not supported.*frames of a video"):
         family_of(InstructBlipVideoConfig())
-    for config in (LlavaNextConfig(), LlavaOnevisionConfig()):
-        with pytest.raises(ValueError, match=f"{config.model_type}.*base view and as tiles"):
-            family_of(config)
+    for family in TILED:
+        config = MODELS[family]().config
+        with pytest.raises(ValueError, match=f"{family}.*base view and as tiles"):
+            image_grids(config, tiny_inputs(tiny_processor(family)))
+        with pytest.raises(ValueError, match=f"{family}.*base view and as tiles"):
+            image_grid(config)
     seq2seq = MODELS["blip-2"]()
     seq2seq.config.text_config = T5Config()
     with pytest.raises(ValueError, match="text model 't5' is not supported; supported: llama, opt"):
