@@ -14,7 +14,8 @@ two passes a token, for callers that cannot double their batch.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +55,18 @@ class Contrast:
 
     def combine(self, seen: torch.Tensor, unseen: torch.Tensor, step: int) -> torch.Tensor:
         """Logits [B, V] of both branches -> those to choose token `step` from, -inf if cut off."""
-        weight = self.alpha + math.expm1(self.decay * step)
-        mixed = seen + weight * (seen - unseen)
+        mixed = seen + self.weight(step) * (seen - unseen)
+        return mixed.masked_fill(~self.plausible(seen), -torch.inf)
+
+    def weight(self, step: int) -> float:
+        """w_t of token `step`."""
+        return self.alpha + math.expm1(self.decay * step)
+
+    def plausible(self, seen: torch.Tensor) -> torch.Tensor:
+        """Bool [B, V]: the tokens that are not cut off."""
         if self.beta == 0:
-            return mixed
-        floor = seen.amax(-1, keepdim=True) + math.log(self.beta)
-        return mixed.masked_fill(seen < floor, -torch.inf)
+            return torch.ones_like(seen, dtype=torch.bool)
+        return seen >= seen.amax(-1, keepdim=True) + math.log(self.beta)
 
     def __call__(
         self,
@@ -86,13 +93,14 @@ class Contrast:
             raise ValueError("Contrastive decoding searches no beams: set num_beams=1.")
         mix = _Mix(self, logits_processor, input_ids.shape[1], bool(generation_config.do_sample))
         generation_config.do_sample = False  # `generate` has made it a copy; _Mix draws
-        found = model._sample(
-            input_ids,
-            logits_processor=LogitsProcessorList([mix]),
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            **model_kwargs,
-        )
+        with mix.watching(model.get_output_embeddings()):
+            found = model._sample(
+                input_ids,
+                logits_processor=LogitsProcessorList([mix]),
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                **model_kwargs,
+            )
         return _first_half(found)
 
 
@@ -105,22 +113,77 @@ CONTRASTS: dict[str, Contrast] = {
 
 
 class _Mix(LogitsProcessor):
-    """Scores of 2B rows -> the B mixed and processed ones, for both halves alike."""
+    """Scores of 2B rows -> the B mixed and processed ones, for both halves alike.
+
+    With a cutoff, few tokens of the second branch matter. So after the first step, if the scores
+    turned out to be the head's outputs as they are, the head is given the first branch only, and
+    the second branch's logits are computed for plausible tokens: one row of the head instead of two
+    in most of the work.
+    """
 
     def __init__(
         self, contrast: Contrast, processors: LogitsProcessorList, prompt: int, draws: bool
     ):
         self.contrast, self.processors = contrast, processors
         self.prompt, self.draws = prompt, draws
+        self.head: nn.Linear | None = None
+        self.output: torch.Tensor | None = None  # of the head in the first step
+        self.unseen: torch.Tensor | None = None  # [B, D] what the head was not given
+        self.lean = False
+
+    @contextmanager
+    def watching(self, head: Any) -> Iterator[None]:
+        """Hooks on the language head while tokens are made; none where they could save nothing."""
+        if type(head) is not nn.Linear or self.contrast.beta == 0:
+            yield
+            return
+        self.head = head
+        handles = [
+            head.register_forward_pre_hook(self._before), head.register_forward_hook(self._after)
+        ]  # fmt: skip
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, module: nn.Module, args: Any) -> Any:
+        if not self.lean:
+            return None
+        seen, unseen = args[0].chunk(2)
+        self.unseen = unseen[:, -1]
+        return (seen,)
+
+    def _after(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if not self.lean:
+            self.output = output[:, -1]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        seen, unseen = scores.chunk(2)
-        mixed = self.contrast.combine(seen, unseen, input_ids.shape[1] - self.prompt)
-        mixed = self.processors(input_ids[: len(seen)], mixed)  # type: ignore[arg-type]
+        step, half = input_ids.shape[1] - self.prompt, len(input_ids) // 2
+        if self.lean:
+            mixed = self._mixed_where_plausible(scores, step)
+        else:
+            seen, unseen = scores.chunk(2)
+            mixed = self.contrast.combine(seen, unseen, step)
+            if self.output is not None:
+                self.lean = torch.equal(self.output.to(scores), scores)
+        mixed = self.processors(input_ids[:half], mixed)  # type: ignore[arg-type]
         if self.draws:
             drawn = torch.multinomial(mixed.softmax(-1), 1)
             mixed = torch.full_like(mixed, -torch.inf).scatter(-1, drawn, 0.0)
         return mixed.repeat(2, 1)
+
+    def _mixed_where_plausible(self, seen: torch.Tensor, step: int) -> torch.Tensor:
+        """`Contrast.combine` without the second branch's logits of tokens that are cut off."""
+        assert self.head is not None and self.unseen is not None
+        kept = self.contrast.plausible(seen)
+        tokens = kept.any(0).nonzero()[:, 0].to(self.head.weight.device)
+        bias = None if self.head.bias is None else self.head.bias[tokens]
+        unseen = nn.functional.linear(self.unseen, self.head.weight[tokens], bias).to(seen)
+        some = seen[:, tokens.to(seen.device)]
+        mixed = torch.full_like(seen, -torch.inf)
+        mixed[:, tokens.to(seen.device)] = some + self.contrast.weight(step) * (some - unseen)
+        return mixed.masked_fill(~kept, -torch.inf)
 
 
 def _first_half(found: Any) -> Any:

@@ -1,5 +1,7 @@
 """Contrastive decoding: against two slow passes a token, and against plain decoding at weight 0."""
 
+from functools import wraps
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -240,3 +242,37 @@ def test_what_cannot_be_decoded_is_refused():
         both_branches(processor, ROWS, method="opera")
     with pytest.raises(ValueError, match="method is 'opera'"):
         contrast_settings("opera")
+
+
+def test_scores_that_are_not_the_heads_outputs_are_mixed_whole(monkeypatch):
+    """As of models that cap or scale their logits after the head."""
+    model, processor = tiny_llava(), tiny_processor()
+    forward = type(model).forward
+
+    @wraps(forward)
+    def capped(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = 3 * (output.logits / 3).tanh()
+        return output
+
+    monkeypatch.setattr(type(model), "forward", capped)
+    heads = []
+    model.lm_head.register_forward_hook(lambda m, args, output: heads.append(len(output)))
+    both = both_branches(processor, ROWS, method="vcd")
+    new = model.generate(**both, custom_generate=STRONG, **LENGTH)[:, -NEW:]
+    assert set(heads) == {4}
+    for at, row in enumerate(ROWS):
+        assert new[at].tolist() == _slow(model, processor, row, "vcd", STRONG)[0]
+
+
+def test_the_head_computes_the_second_branch_for_plausible_tokens_only():
+    model, processor = tiny_llava(), tiny_processor()
+    heads = []
+    model.lm_head.register_forward_hook(lambda m, args, output: heads.append(len(output)))
+    both = both_branches(processor, ROWS, method="vcd")
+    lean = model.generate(**both, custom_generate=STRONG, **LENGTH)
+    assert heads == [4] + [2] * (NEW - 1)
+    assert len(model.lm_head._forward_hooks) == 1 and not model.lm_head._forward_pre_hooks
+    model.generate(**both, custom_generate=Contrast(beta=0.0), **LENGTH)
+    assert heads[NEW:] == [4] * NEW
+    assert lean.shape[0] == 2
