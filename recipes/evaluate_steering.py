@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -241,8 +242,9 @@ def same_settings(work: Path, **settings: Any) -> None:
 
 
 def _score(measured: Measured, name: str) -> float:
+    """The fraction; where there is nothing to count (no object was said), infinity."""
     top, bottom = np.asarray(measured[name]["columns"]).sum(0)
-    return float(top / bottom)
+    return float(top / bottom) if bottom else math.inf
 
 
 def choose(measured: dict[float, Measured], plain: Measured) -> float:
