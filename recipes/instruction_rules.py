@@ -29,6 +29,7 @@ COLORS = (
 )
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 LARGER = 2.0  # a box of this many times another's area is larger
+ABSENT = 12  # absent nouns that are tried an image
 MASS = ("broccoli", "corn", "bread")
 Record = Mapping[str, Any]
 Vocabulary = Mapping[str, int]
@@ -175,12 +176,12 @@ def _image_instructions(
     return made + [one for thing in single for one in _wrong_kind(thing, things, rng)]
 
 
-def _absent(record: Record, vocabulary: Vocabulary, rng: random.Random, count: int = 12) -> list:
+def _absent(record: Record, vocabulary: Vocabulary, rng: random.Random) -> list[str]:
     """Different nouns that other images show, drawn by how often they do; this one names none."""
     named = Named([region["caption"] for region in record["regions"]] + record["captions"])
     nouns, counts = list(vocabulary), list(vocabulary.values())
-    drawn = rng.choices(nouns, counts, k=4 * count) if nouns else []
-    return [noun for noun in dict.fromkeys(drawn) if not named.names(noun)][:count]
+    drawn = rng.choices(nouns, counts, k=4 * ABSENT) if nouns else []
+    return [noun for noun in dict.fromkeys(drawn) if not named.names(noun)][:ABSENT]
 
 
 def _of_thing(thing: Thing, rng: random.Random) -> list[Instruction]:
@@ -256,8 +257,8 @@ def _of_all(things: list[Thing], times: Counter[str], has_caption: bool) -> list
             made.append(positive("referential expression grounding", asked, said))
     if not has_caption and things and max(times.values()) == 1 and all(t.position for t in things):
         listed = [{"noun": t.noun, "position": t.position} for t in things]
-        asked = (scenes.CAPTION_QUESTION, "What does the image show, and where?")
-        made += [positive("image captioning", one, scenes.caption(listed)) for one in asked]
+        for question in (scenes.CAPTION_QUESTION, "What does the image show, and where?"):
+            made.append(positive("image captioning", question, scenes.caption(listed)))
     return made
 
 
@@ -271,7 +272,7 @@ def _of_absent(noun: str, single: list[Thing]) -> list[Instruction]:
         f"What color {verb} the {noun}?": no.capitalize(),
         f"Where {verb} the {noun}?": no.capitalize(),
         f"Describe the {noun}{near}.": no.capitalize(),
-        f"What {'are' if verb == 'are' else 'is'} the {noun} doing?": no.capitalize(),
+        f"What {verb} the {noun} doing?": no.capitalize(),
     }
     return [negative("nonexistent object", noun, q, a) for q, a in asked.items()]
 
