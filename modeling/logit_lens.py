@@ -56,7 +56,8 @@ def logit_lens(
         `lens_raw` and `lens_normed`, [L + 1][A] texts read without and with the final norm, and
         `lens_raw_probability` and `lens_normed_probability`, float32 [L + 1, A], 0 to 1.
     """
-    norm, head = final_norm(model), model.get_output_embeddings()
+    norm: Any = final_norm(model)
+    head = model.get_output_embeddings()
     cap = model.config.text_config.to_dict().get("final_logit_softcapping")  # of Gemma 2
     texts: dict[str, list[list[str]]] = {"lens_raw": [], "lens_normed": []}
     chances: dict[str, list[torch.Tensor]] = {name: [] for name in texts}
