@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from firsthand.modeling.families import unwrap
+from firsthand.modeling.families import FAMILIES, unwrap
 from firsthand.processing.sampling import RowDraws
 
 CACHED_BYTES = 2**29  # of image features that are kept for further questions
@@ -64,7 +64,7 @@ def prepare_inputs(processor: Any, rows: list[Row], device: Any = "cpu") -> Any:
 def one_view(processor: Any) -> Any:
     """The processor, showing each image once and whole: tiles of it are switched off."""
     settings = processor.image_processor.to_dict()
-    for name in ("do_image_splitting", "crop_to_patches"):
+    for name in ("do_image_splitting", "crop_to_patches", "do_pan_and_scan"):
         if settings.get(name):
             setattr(processor.image_processor, name, False)
     return processor
@@ -140,10 +140,14 @@ def _inputs(
 
 
 def shared_features(model: Any) -> ImageFeatures | None:
-    """A store of encoded images for a model that takes them; None where its forward does not."""
+    """A store of encoded images for a model that takes them; None where it does not.
+
+    A model with a Q-Former has the argument, but its `generate` wants pixels.
+    """
     inner = unwrap(model)
+    family = FAMILIES.get(inner.config.model_type)
     shares = "mm_encoder_outputs" in signature(inner.forward).parameters
-    return ImageFeatures(inner) if shares else None
+    return ImageFeatures(inner) if shares and not (family and family.qformer) else None
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ import struct
 import pytest
 import torch
 from PIL import Image
-from tiny_models import tiny_image, tiny_internvl, tiny_llava, tiny_processor
+from tiny_models import PARTIAL, tiny_image, tiny_internvl, tiny_llava, tiny_processor
 
 from firsthand.modeling.families import vision_layers
 from firsthand.processing import generation
@@ -167,3 +167,11 @@ def test_no_chat_template(pair):
     bare.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
         build_prompt(bare, "a")
+
+
+def test_a_model_with_a_q_former_is_shown_pixels():
+    """Its `generate` knows no encoded images; it repeats the prompt's length in what it gives."""
+    model, processor = PARTIAL["blip-2"](), tiny_processor("blip-2")
+    rows = [row for row in rows_of(2) if row["question"] == QUESTIONS[0]]
+    said = list(generate_answers(model, processor, rows, TOKENS, progress=False))
+    assert [a["prediction"] for a in said] == [one_by_one(model, processor, r) for r in rows]
