@@ -8,6 +8,7 @@ from tiny_models import TINY, tiny_inputs, tiny_llava, tiny_processor, tiny_qwen
 from torch.nn import functional as F
 
 from firsthand.modeling.families import decoder_layers, image_mask, steered_modules, vision_layers
+from firsthand.modeling.modeling_grounded_llava import GroundedLlavaForConditionalGeneration
 from firsthand.modeling.steering import SteeringVector, attach_steering, steer
 from firsthand.modeling.steering_gate import MOST_SIMILAR
 
@@ -193,6 +194,15 @@ def test_words_without_an_image_have_no_support():
         assert (steering.gate.supports[1] == -1).all()
         model(input_ids=text[:, :1], past_key_values=cache)
         assert (steering.gate.supports[1] == -1).all()
+
+
+def test_a_checkpoint_holds_neither_gate_nor_vision_side():
+    model = GroundedLlavaForConditionalGeneration.from_stock(tiny_llava())
+    for vector in (_vector(gate=0.5), _vector() | SteeringVector({}, vision=_vision(model))):
+        with pytest.raises(ValueError, match="use attach_steering"):
+            model.set_steering(vector)
+    model.set_steering(_vector(mode="turn"), strength=0.5)
+    assert model.config.steering_mode == "turn"
 
 
 def test_a_gate_needs_input_ids_and_decoder_layers():
