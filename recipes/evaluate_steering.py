@@ -39,6 +39,7 @@ from firsthand.modeling.steering_weights import (
     hallucinated_directions,
     upper_half,
 )
+from firsthand.processing.answered import forced
 from firsthand.processing.contrast_inputs import contrast_settings
 from firsthand.processing.generation import generate_answers, prepare_inputs
 from firsthand.processing.steering_pairs import ValsePairs
@@ -48,7 +49,6 @@ from firsthand.recipes.evaluate_vision_modeling import Measured, differences, ro
 from firsthand.recipes.steer import caption_pairs, conflict_pairs, scene_pairs
 
 KEEP_RECALL = 0.95  # of plain's: a strength that says less is not chosen
-GATE = 0.5  # mean cosine to the most similar image positions below which a token is steered
 SIGNED = (-0.5, 0.25, 0.5, 1.0)
 ARMS: dict[str, tuple[float, ...]] = {  # the four strengths that validation chooses from
     "mean": SIGNED,
@@ -112,6 +112,25 @@ class Study:
         )  # fmt: skip
         return hallucinated_directions(found, layers, min(max(map(int, ARMS["nullu"])), len(found)))
 
+    @cached_property
+    def gate(self) -> float:
+        """The median visual support of true captions' tokens, over the scenes fitted on."""
+        return part(self.work / "gate.json", self._median_support)
+
+    @torch.inference_mode()
+    def _median_support(self) -> float:
+        found = []
+        vector = replace(self.vector("mean"), gate=0.0)
+        with attach_steering(self.model, vector, 0.0) as steering:
+            assert steering.gate is not None
+            for row in self.fitted_on:
+                image, said = row["image"], row["caption"]
+                asked = forced(self.model, self.processor, image, scenes.CAPTION_QUESTION, said)
+                self.model(**asked.inputs)
+                measured = steering.gate.supports.values()
+                found += [support[0, asked.first :].cpu() for support in measured]
+        return float(torch.cat(found).median())
+
     @contextmanager
     def using(self, arm: str, strength: float, row: Row | None = None) -> Iterator[None]:
         """The model as an arm has it; "vista" for one row."""
@@ -126,7 +145,7 @@ class Study:
                 vector = fit_vista(self.model, self.processor, image, row["question"])
             else:
                 vector = self.vector(arm)
-            vector = replace(vector, gate=GATE) if arm.endswith("gated") else vector
+            vector = replace(vector, gate=self.gate) if arm.endswith("gated") else vector
             with attach_steering(self.model, vector, strength):
                 yield
 

@@ -1,6 +1,7 @@
 """The study of steering, whole but on a tiny model and two scenes: every arm, and going on."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ def test_every_arm_is_measured_and_a_second_call_measures_nothing(tiny, tmp_path
     assert {f"vcd, strength {s:g}" for s in ARMS["vcd"]} <= tried
     assert {f"{arm} - plain" for arm in ARMS} <= {r["arm"] for r in rows}
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert 0 < json.loads((tmp_path / "steering-work" / "gate.json").read_text()) < 1
     first = (tmp_path / "steering.csv").read_text()
     monkeypatch.setattr(Study, "_answers", lambda *a, **k: pytest.fail("was measured before"))
     study.main([*CALL, "--out", str(tmp_path / "steering.csv")])
