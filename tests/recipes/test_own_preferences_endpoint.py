@@ -6,6 +6,7 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 from scripted_endpoint import Raw, ScriptedEndpoint
+from tiny_models import tiny_llava, tiny_processor
 
 from firsthand.datasets_scripts.sima import sima
 from firsthand.recipes import cli
@@ -73,3 +74,25 @@ def test_a_dead_server_loses_nothing(data, tmp_path, capsys):
         assert cli.main([*responses, *there]) == 2
         told = capsys.readouterr().err
         assert "answered none of 6 requests" in told and not (tmp_path / "r" / "data").exists()
+
+
+def test_transformers_own_server_answers_and_criticises(data, tmp_path, serve, capsys):
+    """A random model answers nonsense: its verdicts are unparsed, told and kept.
+
+    The server draws only where the checkpoint's generation config does.
+    """
+    model, processor = tiny_llava(), tiny_processor()
+    model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=True)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    there = ["--endpoint", serve(tmp_path / "model"), "--endpoint-model", str(tmp_path / "model")]
+    responses = ["augment", "responses", "--data", str(data), "--out", str(tmp_path / "r")]
+    code = cli.main([*responses, *there, "--max-new-tokens", "6", "--temperature", "3"])
+    assert code == 0, rows_of(tmp_path / "r", "dropped")[0]["dropped"]
+    kept = rows_of(tmp_path / "r")
+    assert len(kept) == 3 and all(r["text"] for row in kept for r in row["responses"])
+    critique = ["augment", "critique", "--data", str(tmp_path / "r"), *there]
+    assert cli.main([*critique, "--max-new-tokens", "4", "--out", str(tmp_path / "c")]) == 2
+    assert "unparsed: 3" in capsys.readouterr().err
+    comparisons = [row["comparisons"][0] for row in rows_of(tmp_path / "c", "dropped")]
+    assert all(len(one["replies"]) == 2 and all(one["replies"]) for one in comparisons)

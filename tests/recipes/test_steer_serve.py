@@ -2,8 +2,6 @@
 
 import base64
 import io
-import socket
-import time
 
 import pytest
 import torch
@@ -14,34 +12,7 @@ from firsthand.processing.generation import generate_answers
 from firsthand.recipes import cli
 
 openai = pytest.importorskip("openai")
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
 QUESTION, NEW = "What is in the image?", 8
-
-
-@pytest.fixture
-def serve():
-    """Start a server in a thread; it is shut down at the end."""
-    from transformers.cli.serve import Serve
-
-    servers = []
-
-    def start(folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        server = Serve(
-            force_model=str(folder), host="127.0.0.1", port=port, device="cpu", non_blocking=True
-        )
-        servers.append(server)
-        deadline = time.monotonic() + 120
-        while not server.server.started and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return f"http://127.0.0.1:{port}/v1"
-
-    yield start
-    for server in servers:
-        server.kill_server()
 
 
 def test_a_stock_server_answers_as_the_hooks_do(tmp_path, serve):
