@@ -10,6 +10,7 @@ the published code; `recipes/convert_checkpoint.py` reads its checkpoints.
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -22,6 +23,10 @@ class ConvLlavaModel(LlavaModel):
 
     config: ConvLlavaConfig
     config_class = ConvLlavaConfig
+
+    def __init__(self, config: ConvLlavaConfig):
+        super().__init__(config)
+        self.vision_tower.layernorm = nn.Identity()  # of a classifier; image tokens do not meet it
 
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Any
