@@ -21,11 +21,10 @@ from transformers.conversion_mapping import (
 )
 
 from .configuration_grounded import as_grounded
+from .exporting import name_auto_classes
 from .families import steered_modules
 from .steering import SteeringVector, check_layers, check_strength, steer_output
 from .vision_modeling import vision_logits
-
-AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
 class GroundedMixin(PreTrainedModel):
@@ -46,11 +45,7 @@ class GroundedMixin(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(as_grounded(config, self.config_class))
-        name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
-        self.config.auto_map = {
-            "AutoConfig": f"configuration_grounded.{self.config_class.__name__}",
-            **dict.fromkeys(AUTO_CLASSES, name),
-        }
+        name_auto_classes(self)
         self._steering_hooks: list[Any] = []
         if self.config.vision_head == "separate":
             text = self.config.get_text_config()
