@@ -348,6 +348,31 @@ def _train(verbs: argparse._SubParsersAction) -> None:
     _common_model(merge)
     merge.add_argument("--out", required=True, help="folder for the merged model and processor")
     merge.set_defaults(module="train_merge")
+    _train_convert(actions)
+
+
+def _train_convert(actions: argparse._SubParsersAction) -> None:
+    parser = actions.add_parser("convert", help="a published checkpoint as a Hub-native one")
+    parser.add_argument(
+        "--kind",
+        required=True,
+        choices=(
+            "llava",
+            "llava-projector",
+            "conv-llava",
+            "minigpt4",
+            "mplug-owl",
+            "mplug-owl2",
+            "lrv-lora",
+        ),
+        help="whose files; llava: LLaVA-1.5's and SIMA's",
+    )
+    parser.add_argument("--weights", required=True, help="the model's own file or folder")
+    parser.add_argument("--vision", help="file or folder of the vision encoder, where it is apart")
+    parser.add_argument("--qformer", help="file of BLIP-2's Q-Former (minigpt4)")
+    parser.add_argument("--language", help="folder of the Llama; lrv-lora: of the converted model")
+    parser.add_argument("--out", required=True, help="folder for model and processor, or adapter")
+    parser.set_defaults(module="convert_checkpoint")
 
 
 def _staged(parser: argparse.ArgumentParser, data: str) -> None:

@@ -1,0 +1,403 @@
+"""Published checkpoints: key lists at full size, strictness, and whole conversions at tiny size."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_backbones import tiny_backbone
+from tiny_models import tiny_image, tiny_llava, tiny_tokenizer
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from firsthand.modeling.modeling_mplug_owl import MPlugOwlForConditionalGeneration
+from firsthand.recipes import checkpoint_keys as keys
+from firsthand.recipes import cli
+from firsthand.recipes.checkpoint_configs import TEMPLATES
+from firsthand.recipes.convert_checkpoint import convert
+
+LISTS = Path(__file__).parent / "original_keys"
+LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+}
+VIT = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-6,
+}
+ABSTRACTOR = {"num_hidden_layers": 6, "num_attention_heads": 16, "intermediate_size": 4096}
+OWL = {
+    "vision_config": {**VIT, "image_size": 224},
+    "visual_abstractor_config": ABSTRACTOR,
+    "text_config": LLAMA,
+    "num_query_tokens": 64,
+}
+OWL2 = {
+    **LLAMA,
+    "visual_config": {
+        "visual_model": {**VIT, "image_size": 448},
+        "visual_abstractor": {**ABSTRACTOR, "num_learnable_queries": 64, "grid_size": 32},
+    },
+}
+CONVNEXT = {
+    "num_stages": 5,
+    "depths": [3, 3, 27, 3, 6],
+    "hidden_sizes": [192, 384, 768, 1536, 3072],
+    "image_size": 768,
+}
+RAWS = {
+    "llava": {"weights": {**LLAMA, "mm_projector_type": "mlp2x_gelu"}},
+    "conv-llava": {"weights": {**LLAMA, "model_type": "llava"}, "vision": CONVNEXT},
+    "minigpt4": {"language": LLAMA},
+    "mplug-owl": {"weights": OWL},
+    "mplug-owl2": {"weights": OWL2},
+}
+FILES = {
+    "llava": {"weights": "llava"},
+    "conv-llava": {"weights": "conv_llava", "vision": "conv_llava_vision"},
+    "minigpt4": {"weights": "minigpt4"},
+    "mplug-owl": {"weights": "mplug_owl"},
+    "mplug-owl2": {"weights": "mplug_owl2"},
+}
+
+
+def frozen(name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a list, on the meta device; {0-10:2} stands for 0, 2, ... 10."""
+    tensors = {}
+    for line in (LISTS / f"{name}.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        key, sizes = line.split()
+        shape = [int(size) for size in sizes.split("x")]
+        run = re.search(r"\{(\d+)-(\d+)(?::(\d))?\}", key)
+        numbers = range(int(run[1]), int(run[2]) + 1, int(run[3] or 1)) if run else [None]
+        for number in numbers:
+            full = key if number is None else key.replace(run[0], str(number))
+            tensors[full] = torch.empty(shape, device="meta")
+    return tensors
+
+
+def parts_of(kind: str) -> dict[str, dict[str, torch.Tensor]]:
+    return {argument: frozen(name) for argument, name in FILES[kind].items()}
+
+
+@pytest.mark.parametrize("kind", sorted(FILES))
+def test_the_published_keys_make_up_the_model_at_full_size(kind):
+    config, state = convert(kind, parts_of(kind), RAWS[kind])
+    assert all(tensor.is_meta for tensor in state.values())
+    if kind.startswith("mplug"):
+        assert config.abstractor_intermediate_size == 2816  # of the weights, not of the config
+    tokens = {"llava": 576, "conv-llava": 144, "minigpt4": 32, "mplug-owl": 64, "mplug-owl2": 64}
+    found = config.image_seq_length if "llava" in kind else config.num_query_tokens
+    assert found == tokens[kind]
+
+
+@pytest.mark.parametrize("kind", sorted(FILES))
+def test_missing_and_unknown_keys_are_named(kind):
+    parts = parts_of(kind)
+    parts["weights"] |= {"model.extra.weight": torch.empty(1), "another": torch.empty(1)}
+    with pytest.raises(ValueError, match=r"--weights holds 2 keys .*another, model.extra.weight"):
+        convert(kind, parts, RAWS[kind])
+    parts = parts_of(kind)
+    third = next(k for k in parts["weights"] if k.endswith("layers.3.mlp.up_proj.weight"))
+    parts["weights"][third.replace(".3.", ".4.")] = torch.empty(2, 3, device="meta")
+    del parts["weights"][third]
+    with pytest.raises(ValueError) as error:
+        convert(kind, parts, RAWS[kind])
+    assert re.search(r"1 missing: \S+layers\.3\.mlp\.up_proj\.weight; ", str(error.value))
+    wrong = r"1 of another shape: \S+layers\.4\.mlp\.up_proj\.weight \[2, 3\] instead of \[11008,"
+    assert re.search(wrong, str(error.value))
+
+
+def test_a_layer_too_many_is_named():
+    parts = parts_of("llava")
+    extra = {k.replace("layers.31", "layers.32"): v for k, v in parts["weights"].items()}
+    parts["weights"] |= {k: v for k, v in extra.items() if "layers.32" in k}
+    with pytest.raises(ValueError, match=r"9 unexpected: model.language_model.layers.32"):
+        convert("llava", parts, RAWS["llava"])
+
+
+def test_minigpt4_is_put_together_from_four_files():
+    whole = frozen("minigpt4")
+    stems = {"vision": "visual_encoder.", "language": "llama_model."}
+    parts = {
+        name: {k.removeprefix(stem): v for k, v in whole.items() if k.startswith(stem)}
+        for name, stem in stems.items()
+    }
+    parts["weights"] = {k: v for k, v in whole.items() if k.startswith("llama_proj.")}
+    left = {k: v for k, v in whole.items() if k.startswith(("Qformer", "query", "ln_vision"))}
+    parts["qformer"] = {**left, "t5_proj.weight": torch.empty(0), "t5_proj.bias": torch.empty(0)}
+    parts["vision"]["blocks.39.norm1.weight"] = torch.empty(0)  # LAVIS stops before it
+    _, state = convert("minigpt4", parts, RAWS["minigpt4"])
+    _, expected = convert("minigpt4", {"weights": whole}, RAWS["minigpt4"])
+    assert state.keys() == expected.keys()
+    del parts["qformer"]
+    with pytest.raises(ValueError, match="hold no query_tokens. Give --vision"):
+        convert("minigpt4", parts, RAWS["minigpt4"])
+
+
+def test_a_bare_projector_needs_its_llama_and_clip():
+    whole = frozen("llava")
+    prefix = "model.vision_tower.vision_tower."
+    clip = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+    text = {k: v for k, v in whole.items() if "vision_tower" not in k and "mm_proj" not in k}
+    parts = {"weights": frozen("mm_projector"), "vision": clip, "language": text}
+    parts["vision"] |= {"text_model.final_layer_norm.weight": torch.empty(0)}
+    parts["vision"] |= {"logit_scale": torch.empty(0)}
+    _, state = convert("llava-projector", parts, {"language": LLAMA})
+    _, expected = convert("llava", {"weights": whole}, RAWS["llava"])
+    assert state.keys() == expected.keys()
+    linear = {"model.mm_projector.weight": torch.empty(4096, 1024)}
+    with pytest.raises(ValueError, match="--weights holds 1 keys .*model.mm_projector.weight"):
+        convert("llava-projector", {**parts, "weights": linear}, {"language": LLAMA})
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("llava", {"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
+        ("conv-llava", {"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type is 'mlp3x_gelu'"),
+    ],
+)
+def test_other_projectors_are_refused(kind, change, message):
+    raws = {**RAWS[kind], "weights": {**RAWS[kind]["weights"], **change}}
+    with pytest.raises(ValueError, match=message):
+        convert(kind, parts_of(kind), raws)
+
+
+# what the values become
+
+
+def test_joint_queries_keys_and_values_lie_head_by_head():
+    heads, size = 3, 2
+    rows = [(h, j, i) for h in range(heads) for j in range(3) for i in range(size)]
+    joint = torch.tensor([100 * j + 10 * h + i for h, j, i in rows]).float()
+    stem = "vision_model.encoder.layers.0.self_attn."
+    split = keys.split_interleaved({f"{stem}query_key_value.bias": joint}, heads)
+    for index, name in enumerate("qkv"):
+        wanted = [100 * index + 10 * h + i for h in range(heads) for i in range(size)]
+        assert split[f"{stem}{name}_proj.bias"].tolist() == wanted
+    assert len(split) == 3
+
+
+def test_eva_has_no_bias_of_keys():
+    q, v = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    joined = keys.join_biases({"blocks.0.attn.q_bias": q, "blocks.0.attn.v_bias": v, "other": q})
+    assert joined.keys() == {"blocks.0.attn.qkv.bias", "other"}
+    assert joined["blocks.0.attn.qkv.bias"].tolist() == [1, 2, 0, 0, 3, 4]
+    with pytest.raises(ValueError, match="q_bias has no a.v_bias"):
+        keys.join_biases({"a.q_bias": q})
+
+
+def test_two_keys_for_one_place_are_refused():
+    twice = {"mm_projector.0.bias": torch.empty(1), "model.mm_projector.0.bias": torch.empty(1)}
+    with pytest.raises(ValueError, match="twice, once as model.mm_projector.0.bias"):
+        keys.rename(twice, keys.PROJECTOR, "it")
+
+
+# whole conversions through the front door
+
+
+@pytest.fixture
+def originals(tmp_path):
+    """Tiny LLaVA as LLaVA-1.5 publishes it, in two shards, with tokenizer and config."""
+    model = tiny_llava()
+    names = [
+        (r"model\.language_model\.(.+)", r"model.\1"),
+        (r"model\.vision_tower\.(.+)", r"model.vision_tower.vision_tower.vision_model.\1"),
+        (r"model\.multi_modal_projector\.linear_1\.(.+)", r"model.mm_projector.0.\1"),
+        (r"model\.multi_modal_projector\.linear_2\.(.+)", r"model.mm_projector.2.\1"),
+        (r"(lm_head\.weight)", r"\1"),
+    ]
+    state = {}
+    for key, tensor in model.state_dict().items():
+        pattern, name = next(pair for pair in names if re.fullmatch(pair[0], key))
+        state[re.sub(pattern, name, key)] = tensor
+    folder, text, vision = tmp_path / "llava", model.config.text_config, model.config.vision_config
+    tiny_tokenizer().save_pretrained(folder)
+    raw = {**text.to_dict(), "model_type": "llava_llama", "mm_vision_select_layer": -2}
+    (folder / "config.json").write_text(json.dumps(raw))
+    half = len(state) // 2
+    torch.save(dict(list(state.items())[:half]), folder / "pytorch_model-00001-of-00002.bin")
+    torch.save(dict(list(state.items())[half:]), folder / "pytorch_model-00002-of-00002.bin")
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(vision.to_dict()))
+    save_file({"logit_scale": torch.ones(1)}, tmp_path / "clip" / "model.safetensors")
+    return model, folder, tmp_path / "clip"
+
+
+def convert_by_command(**options) -> int:
+    return cli.main(
+        ["train", "convert", *(w for k, v in options.items() for w in (f"--{k}", str(v)))]
+    )
+
+
+def test_llava_converts_loads_and_answers_alike(originals, tmp_path):
+    model, folder, clip = originals
+    out = tmp_path / "out"
+    assert convert_by_command(kind="llava", weights=folder, vision=clip, out=out) == 0
+    again, report = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values())
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+    processor = AutoProcessor.from_pretrained(out)
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
+    prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
+    assert prompt.endswith("USER: <image>\nWhy? ASSISTANT:")
+    inputs = processor(images=[tiny_image()], text=[prompt], return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert convert_by_command(kind="llava", weights=folder, vision=clip, out=out) == 2  # not empty
+
+
+def test_arguments_are_checked_before_anything_is_read(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert convert_by_command(kind="mplug-owl", weights="x", vision="y", out=out) == 2
+    assert "does not read --vision" in capsys.readouterr().err
+    assert convert_by_command(kind="minigpt4", weights="x", out=out) == 2
+    assert "needs --language" in capsys.readouterr().err
+    assert convert_by_command(kind="mplug-owl", weights=tmp_path, out=out) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def owl_state(model):
+    """A tiny mPLUG-Owl under its published names, but for the vision encoder's q, k and v."""
+    names = [
+        (r"model\.language_model\.(.+)", r"language_model.model.\1"),
+        (r"lm_head\.weight", r"language_model.lm_head.weight"),
+        (r"model\.multi_modal_projector\.query_tokens", r"query_tokens"),
+        (r"model\.multi_modal_projector\.(visual_fc\..+|vit_eos)", r"abstractor.\1"),
+    ]
+    layer = "abstractor.encoder.layers.\\1.crossattention."
+    place = r"model\.multi_modal_projector\.layers\.(\d+)\."
+    names += [
+        (place + r"((?:query|key|value)\..+)", layer + r"attention.\2"),
+        (place + r"((?:norm1|normk)\..+)", layer + r"\2"),
+        (place + r"((?:norm2|out_proj|mlp)\..+)", layer + r"output.\2"),
+    ]
+    vision = r"model\.vision_tower\."
+    names += [
+        (vision + r"embeddings\.class_embedding", "vision_model.embeddings.cls_token"),
+        (vision + r"embeddings\.patch_embedding", "vision_model.embeddings.patch_embed"),
+        (vision + r"embeddings\.position_embedding\.weight",
+         "vision_model.embeddings.position_embedding"),
+        (vision + r"pre_layrnorm", "vision_model.embeddings.pre_layernorm"),
+        (vision + r"(.+)layer_norm1", r"vision_model.\1input_layernorm"),
+        (vision + r"(.+)layer_norm2", r"vision_model.\1post_attention_layernorm"),
+        (vision + r"(.+)out_proj", r"vision_model.\1dense"),
+        (vision, "vision_model."),
+    ]  # fmt: skip
+    state = {}
+    for key, tensor in model.state_dict().items():
+        pattern, name = next(pair for pair in names if re.match(pair[0], key))
+        state[re.sub(pattern, name, key)] = tensor
+    return state
+
+
+def test_mplug_owl_converts_with_a_new_image_token(tmp_path):
+    model = tiny_backbone("mplug_owl")
+    state, heads = owl_state(model), 4
+    for stem in [k.removesuffix("q_proj.weight") for k in state if k.endswith("q_proj.weight")]:
+        if not stem.startswith("vision_model"):
+            continue
+        for kind in ("weight", "bias"):
+            parts = [state.pop(f"{stem}{n}_proj.{kind}").unflatten(0, (heads, -1)) for n in "qkv"]
+            joint = torch.stack(parts, 1).flatten(0, 2)
+            state[f"{stem}query_key_value.{kind}"] = joint
+    for name in ("cls_token", "position_embedding"):
+        key = f"vision_model.embeddings.{name}"
+        state[key] = state[key].reshape(1, -1, 24)
+    vision, text = model.config.vision_config.to_dict(), model.config.text_config.to_dict()
+    abstractor = {"num_hidden_layers": 2, "num_attention_heads": 4, "layer_norm_eps": 1e-6}
+    raw = {"vision_config": vision, "visual_abstractor_config": abstractor}
+    raw |= {"text_config": text, "num_query_tokens": 5}
+    folder, out = tmp_path / "owl", tmp_path / "out"
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    # a tokenizer as published: without <image>, so that a row must be added
+    for file in folder.iterdir():
+        file.write_text(file.read_text().replace("<image>", "<photo>"))
+    (folder / "config.json").write_text(json.dumps(raw))
+    torch.save({k: v.contiguous() for k, v in state.items()}, folder / "pytorch_model.bin")
+    assert convert_by_command(kind="mplug-owl", weights=folder, out=out) == 0
+    again = MPlugOwlForConditionalGeneration.from_pretrained(out)
+    rows = len(tokenizer)
+    assert again.config.image_token_id == rows and len(again.lm_head.weight) == rows + 1
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key][: len(tensor)], tensor), key
+    torch.testing.assert_close(again.lm_head.weight[-1], model.lm_head.weight.mean(0))
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
+    prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
+    assert prompt.endswith("\nHuman: <image>\nHuman: Why?\nAI: ")
+    inputs = processor(images=[tiny_image()], text=[prompt], return_tensors="pt")
+    assert (inputs["input_ids"] == rows).sum() == 6
+    assert again.generate(**inputs, max_new_tokens=2).shape[0] == 1
+
+
+def test_lrv_lora_becomes_an_adapter_of_our_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    assert len(keys.lora_weights(frozen("lrv_lora"))) == 32 * 2 * 2
+    model = tiny_backbone("mplug_owl")
+    generator = torch.Generator().manual_seed(0)
+    state, expected = {}, {}
+    for key, weight in model.state_dict().items():
+        if "language_model" in key and key.endswith(("q_proj.weight", "v_proj.weight")):
+            a = torch.randn(8, weight.shape[1], generator=generator)
+            b = torch.randn(weight.shape[0], 8, generator=generator)
+            old = key.replace("model.language_model.", "base_model.model.language_model.model.")
+            state[old.replace(".weight", ".lora_A.weight")] = a
+            state[old.replace(".weight", ".lora_B.default.weight")] = b
+            expected[key] = weight + 32 / 8 * b @ a
+    base = {f"base_model.model.{k}": v for k, v in owl_state(model).items()}
+    torch.save({**base, **state}, tmp_path / "pytorch_model.bin")
+    out = tmp_path / "adapter"
+    options = dict(kind="lrv-lora", weights=tmp_path / "pytorch_model.bin", out=out)
+    assert convert_by_command(**options) == 0
+    assert len(load_file(out / "adapter_model.safetensors")) == len(state) == 8
+    merged = peft.PeftModel.from_pretrained(model, out).merge_and_unload().state_dict()
+    for key, weight in expected.items():
+        torch.testing.assert_close(merged[key], weight)
+
+
+def test_lrv_lora_is_read_strictly():
+    whole = frozen("lrv_lora")
+    one = next(iter(whole))
+    with pytest.raises(ValueError, match=r"other half: language_model.model.layers.0"):
+        keys.lora_weights({k: v for k, v in whole.items() if k != one})
+    with pytest.raises(ValueError, match="holds 1 keys .*vision.weird"):
+        keys.lora_weights({**whole, "base_model.model.vision.weird": torch.empty(1)})
+    with pytest.raises(ValueError, match="0 adapted modules"):
+        keys.lora_weights({})
+
+
+@pytest.mark.parametrize("kind", sorted(TEMPLATES))
+def test_templates_write_the_prompts_of_training(kind):
+    tokenizer = tiny_tokenizer()
+    talk = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "B."}]},
+        {"role": "user", "content": "C?"},
+    ]
+    text = tokenizer.apply_chat_template(
+        talk, chat_template=TEMPLATES[kind], tokenize=False, add_generation_prompt=True
+    )
+    assert text.endswith(
+        {
+            "llava": "USER: <image>\nA? ASSISTANT: B.</s>USER: C? ASSISTANT:",
+            "minigpt4": "###Human: <Img><image></Img> A?###Assistant: B.###Human: C?###Assistant: ",
+            "mplug-owl": "\nHuman: <image>\nHuman: A?\nAI: B.\nHuman: C?\nAI: ",
+            "mplug-owl2": "USER: <image>A? ASSISTANT: B.</s>USER: C? ASSISTANT:",
+        }[kind]
+    )
