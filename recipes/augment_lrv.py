@@ -214,7 +214,7 @@ def _each(rows: list[Row], name: str) -> Iterator[Row]:
 def _write(target: Path, rows: Iterator[Row], schema: pa.Schema) -> None:
     """Rows as Parquet in groups of ROW_GROUP; an image of several rows is stored once a group."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside, listed = target.with_suffix(".aside"), list(rows)
+    aside, listed = target.with_suffix(f".{os.getpid()}.aside"), list(rows)
     with parquet.ParquetWriter(aside, schema, dictionary_pagesize_limit=2**30) as writer:
         for start in range(0, len(listed), ROW_GROUP):
             part = listed[start : start + ROW_GROUP]
@@ -330,7 +330,7 @@ def augment(
     if images is not None and not Path(images).is_dir():
         raise FileNotFoundError(f"{images}: no such folder of images")
     about: dict[str, Any] = {
-        "data": {"name": data} if data == "scenes" else conversations.fingerprint(data, split),
+        "data": dense_captions.fingerprint(data, split),
         "generator": [generator, *(endpoint or ())],
         "wanted": asdict(wanted),
     }

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -48,6 +49,22 @@ def write_source(
     if Path(out).exists():
         return Path(out)
     return conversations.write_records(_rows(data, captions, split), data, out)
+
+
+def fingerprint(data: str, split: str) -> dict[str, Any]:
+    """What tells one input from another; as `conversations.fingerprint`, and for charts' tables.
+
+    Raises:
+        FileNotFoundError: for what looks like a file and is none.
+    """
+    if data == "scenes":
+        return {"name": data, "split": split}
+    if tables := _tables(Path(data)):
+        content = hashlib.sha256()
+        for file in tables:
+            content.update(file.name.encode() + file.read_bytes())
+        return {"folder": Path(data).name, "sha256": content.hexdigest()}
+    return conversations.fingerprint(data, split)
 
 
 def _rows(data: str, captions: str | None, split: str) -> Iterator[Record]:

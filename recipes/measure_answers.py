@@ -23,7 +23,9 @@ from typing import Any
 
 from firsthand.recipes import conversations
 from firsthand.recipes.answering import Answerer, Request
+from firsthand.recipes.augment_responses import spoken
 from firsthand.recipes.inputs import stored_image, write_rows
+from firsthand.recipes.stages import keep_plan
 
 WINDOW = 256  # rows whose image files are held at a time
 
@@ -100,11 +102,14 @@ def answer(
         How many rows have a `prediction` and how many an `error`.
 
     Raises:
-        ValueError: where no row could be answered, or an endpoint answers nothing at all; the same
-            call goes on later.
+        ValueError: where no row could be answered, the answers that are kept are of other weights,
+            or an endpoint answers nothing at all; then the same call goes on later.
     """
     if images is not None and not Path(images).is_dir():
         raise FileNotFoundError(f"{images}: no such folder of images")
+    known = ("model", "endpoint", "weights")
+    about = {name: value for name, value in spoken(answerer).items() if name in known}
+    keep_plan(Path(answerer.cache) / "state" / "about.json", about)
     made: list[Row] = []
     asked = requests_of(_numbered(rows_of(data, split)), images, set())
     while window := list(islice(asked, WINDOW)):

@@ -245,11 +245,18 @@ def test_bad_records_are_dropped_with_their_reason(images, tmp_path):
     assert {row["image_id"] for row in rows_of(tmp_path / "out")} == {"0"}
 
 
-def test_rules_say_only_what_the_scenes_hold(tmp_path):
+@pytest.fixture(scope="module")
+def by_rule(tmp_path_factory):
+    """The demo's scenes with instructions of the offline generator."""
+    out = tmp_path_factory.mktemp("scenes") / "out"
+    augment("scenes", out, wanted=Wanted(12, 6), split="validation")
+    return out
+
+
+def test_rules_say_only_what_the_scenes_hold(by_rule):
     """Every answer of the offline generator is checked against the scenes, by parsing it."""
-    augment("scenes", tmp_path / "out", wanted=Wanted(12, 6), split="validation")
     truth = {row["id"]: row["objects"] for row in load_scenes("validation")}
-    rows = rows_of(tmp_path / "out")
+    rows = rows_of(by_rule)
     assert {row["image_id"] for row in rows} == set(truth)
     seen = Counter(row["polarity"] for row in rows)
     for row in rows:
@@ -290,19 +297,18 @@ def claims(question, answer):
     return [(there[1], place[1] if place else "there")] if there else []
 
 
-def test_a_seed_draws_other_instructions_and_only_it(tmp_path):
-    made = {}
+def test_a_seed_draws_other_instructions_and_only_it(images, tmp_path):
+    data, made = write(tmp_path / "a.json", [vg(n) for n in range(5)]), {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        augment("scenes", tmp_path / name, wanted=Wanted(3, 1, seed=seed), split="validation")
+        augment(data, tmp_path / name, str(images), wanted=Wanted(3, 1, seed=seed))
         made[name] = [(r["image_id"], r["question"], r["answer"]) for r in rows_of(tmp_path / name)]
     assert made["a"] == made["b"] != made["c"]
 
 
-def test_images_are_stored_once_and_unharmed(tmp_path):
-    augment("scenes", tmp_path / "out", split="validation", wanted=Wanted(10, 3))
-    rows = rows_of(tmp_path / "out")
+def test_images_are_stored_once_and_unharmed(by_rule):
+    rows = rows_of(by_rule)
     distinct = {row["image_id"]: row["image"]["bytes"] for row in rows}
-    size = sum(file.stat().st_size for file in (tmp_path / "out" / "data").glob("*.parquet"))
+    size = sum(file.stat().st_size for file in (by_rule / "data").glob("*.parquet"))
     assert size < 1.3 * sum(map(len, distinct.values()))
     first = load_scenes("validation", 1)[0]
     stored = next(r for r in rows if r["image_id"] == first["id"])["image"]
@@ -367,6 +373,32 @@ def test_a_chart_is_asked_about_its_table(tmp_path):
             if row["task"] == "knowledge":
                 said = re.fullmatch(false, row["answer"])
                 assert float(said[3]) == values[said[2]][said[1]] != float(said[4])
+
+
+def test_a_model_is_told_a_charts_table(server, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "c.png")
+    table = {"country": [c for c, *_ in SALES], "sales": [n for _, n, _ in SALES]}
+    record = {"image_id": "c", "image": "c.png", "title": "Exports", "table": table}
+    (tmp_path / "c.jsonl").write_text(json.dumps(record))
+    said = {
+        "positive": [("value retrieval", "What did Peru sell?", "Peru sold 7.")],
+        "nonexistent object": [("Peru", "Why is there no Peru?", "It is there.")],
+        "existent object": [("Spain", "Why did Spain sell most?", "Peru did, with 7.")],
+        "knowledge": [("Chad", "Why did Chad sell 9?", "Chad sold 5.")],
+    }
+    server.script = lambda kind, text: reply(kind, said[kind])
+    out = tmp_path / "out"
+    asked(str(tmp_path / "c.jsonl"), out, tmp_path / "images", server)
+    assert [row["answer"] for row in rows_of(out)] == [
+        "Peru sold 7.", "Peru did, with 7.", "Chad sold 5."
+    ]  # fmt: skip
+    (refused,) = rows_of(out, "rejected")
+    assert refused["reason"].startswith("named in the captions: 'Peru'")
+    for text in server.asked:
+        assert 'under the title "Exports"' in text and '{"country": "Peru", "sales": 7}' in text
+    positive = next(text for text in server.asked if kind_of(text) == "positive")
+    assert "value retrieval, extreme value" in positive and "image captioning" not in positive
 
 
 def test_nothing_is_asked_twice_after_kill_9(images, server, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,17 +140,28 @@ def test_nothing_is_answered_twice_after_kill_9(saved, images, tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ,
     )  # fmt: skip
     answers, limit = Path(f"{out}.answers"), time.monotonic() + 120
-    while len(list(answers.rglob("*.json"))) < 12:
+    while len(list(answers.glob("??/*.json"))) < 12:
         assert running.poll() is None and time.monotonic() < limit, "it never got there"
         time.sleep(0.002)
     os.kill(running.pid, signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL and not out.exists()
-    before = {file: file.stat().st_mtime_ns for file in answers.rglob("*.json")}
+    before = {file: file.stat().st_mtime_ns for file in answers.glob("??/*.json")}
     assert 12 <= len(before) < count, "it was killed too late to tell anything"
     assert cli.main(arguments(saved, data, out, *options)) == 0
     assert rows_of(out) == rows_of(whole)
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
-    assert len(list(answers.rglob("*.json"))) == count
+    assert len(list(answers.glob("??/*.json"))) == count
+
+
+def test_answers_of_other_weights_are_not_taken_for_these(saved, images, tmp_path):
+    shutil.copytree(saved, tmp_path / "model")
+    data, out = jsonl(tmp_path / "q.jsonl", questions(2)), tmp_path / "out.jsonl"
+    given = arguments(tmp_path / "model", data, out, "--images", images)
+    assert cli.main(given) == 0
+    weights = tmp_path / "model" / "model.safetensors"
+    os.utime(weights, ns=(0, 0))
+    assert cli.main(given) == 2
+    assert cli.main([*given, "--cache", str(tmp_path / "fresh")]) == 0
 
 
 WRONG = [

@@ -83,7 +83,7 @@ FROZEN = r"vision_tower|vision_model|visual\.(patch|blocks|merger\.ln_q$)"
 
 
 @pytest.mark.parametrize("train", sorted(MOVES))
-@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
 def test_the_right_weights_move(family, train, tmp_path):
     changes = {"max_steps": 2, "learning_rate": 0.1}  # LoRA's A moves once its B has
     model, before, _ = trained(family, tmp_path, train, **changes)
