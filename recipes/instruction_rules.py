@@ -165,7 +165,7 @@ def _image_instructions(
     exact = all(region.get("noun") for region in record["regions"])
     absent = _absent(record, vocabulary, rng)
     made = [one for thing in single for one in _of_thing(thing, rng)]
-    made += _of_existence(list(times), absent) + _of_pairs(single, rng)
+    made += _of_existence(list(times)) + _of_pairs(single, rng)
     made += [positive("image captioning", "Describe the image.", t) for t in record["captions"][:1]]
     if exact:
         made += _of_all(things, times, bool(record["captions"]))
@@ -215,7 +215,7 @@ def _choice(
     return f"{question} {text}", f"{'ABCD'[listed.index(right)]}) {right}."
 
 
-def _of_existence(present: list[str], absent: list[str]) -> list[Instruction]:
+def _of_existence(present: list[str]) -> list[Instruction]:
     made = []
     for noun in present:
         verb, it = be(noun), with_article(noun)
