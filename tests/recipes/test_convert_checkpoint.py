@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from firsthand.modeling.modeling_mplug_owl import MPlugOwlForConditionalGeneration
 from firsthand.recipes import checkpoint_keys as keys
 from firsthand.recipes import cli
-from firsthand.recipes.checkpoint_configs import TEMPLATES
+from firsthand.recipes.checkpoint_configs import TEMPLATES, processor_for
 from firsthand.recipes.convert_checkpoint import convert
 
 LISTS = Path(__file__).parent / "original_keys"
@@ -380,6 +380,16 @@ def test_lrv_lora_is_read_strictly():
         keys.lora_weights({**whole, "base_model.model.vision.weird": torch.empty(1)})
     with pytest.raises(ValueError, match="0 adapted modules"):
         keys.lora_weights({})
+
+
+@pytest.mark.parametrize("kind", ["conv-llava", "minigpt4", "mplug-owl", "mplug-owl2"])
+def test_the_processor_writes_as_many_tokens_as_the_model_makes(kind):
+    model = tiny_backbone(kind.replace("-", "_"))
+    processor = processor_for(kind, model.config, tiny_tokenizer(), {})
+    inputs = processor(images=[tiny_image()], text=["<image> Why?"], return_tensors="pt")
+    tokens = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == len(tokens)
+    model(**inputs)
 
 
 @pytest.mark.parametrize("kind", sorted(TEMPLATES))
