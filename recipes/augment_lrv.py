@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from firsthand.datasets_scripts.lrv import lrv
 from firsthand.processing import instructions
 from firsthand.processing.instructions import KINDS, MAX_WORDS, POSITIVE, Instruction
 from firsthand.recipes import conversations, dense_captions, instruction_rules
@@ -182,14 +183,6 @@ def cleaned(row: Row, found: list[Instruction], rejected: list[Row], max_words: 
     return {**row, "instructions": kept, "rejected": rejected + refused}
 
 
-def features() -> Any:
-    """The columns of an instruction row, as `datasets.Features`."""
-    from datasets import Features, Image, Value
-
-    texts = {name: Value("string") for name in ("image_id", *INSTRUCTION)}
-    return Features({"image_id": texts.pop("image_id"), "image": Image(), **texts})
-
-
 def unfold(out: Path) -> None:
     """A row an instruction in `data` and `rejected`, out of those of an image in `images/data`.
 
@@ -201,7 +194,7 @@ def unfold(out: Path) -> None:
             continue
         rows = parquet.read_table(file).to_pylist()
         _write(out / "rejected" / file.name, _each(rows, "rejected"), rejected)
-        schema = features().arrow_schema
+        schema = lrv.features().arrow_schema
         _write(out / "data" / file.name, _each(rows, "instructions"), schema)
 
 
@@ -256,7 +249,7 @@ def write_card(out: Path, about: Mapping[str, Any]) -> Counter[str]:
                 "data_files": [{"split": "train", "path": "data/*.parquet"}],
             }
         ],
-        "dataset_info": {"features": features()._to_yaml_list()},
+        "dataset_info": {"features": lrv.features()._to_yaml_list()},
     }
     lines = [f"- {key}: `{json.dumps(value)}`" for key, value in about.items()]
     rows = [f"| {name} | {n} |" for name, n in found.items()]
