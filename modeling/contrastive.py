@@ -26,6 +26,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .families import unwrap
 
+FEW = 0.1  # share of the vocabulary above which picking rows of the head costs more than it saves
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -175,15 +177,22 @@ class _Mix(LogitsProcessor):
 
     def _mixed_where_plausible(self, seen: torch.Tensor, step: int) -> torch.Tensor:
         """`Contrast.combine` without the second branch's logits of tokens that are cut off."""
-        assert self.head is not None and self.unseen is not None
+        assert self.head is not None
         kept = self.contrast.plausible(seen)
         tokens = kept.any(0).nonzero()[:, 0].to(self.head.weight.device)
-        bias = None if self.head.bias is None else self.head.bias[tokens]
-        unseen = nn.functional.linear(self.unseen, self.head.weight[tokens], bias).to(seen)
+        if len(tokens) > seen.shape[-1] * FEW:
+            return self.contrast.combine(seen, self.head_of(slice(None)).to(seen), step)
+        unseen = self.head_of(tokens).to(seen)
         some = seen[:, tokens.to(seen.device)]
         mixed = torch.full_like(seen, -torch.inf)
         mixed[:, tokens.to(seen.device)] = some + self.contrast.weight(step) * (some - unseen)
         return mixed.masked_fill(~kept, -torch.inf)
+
+    def head_of(self, tokens: torch.Tensor | slice) -> torch.Tensor:
+        """The second branch's logits [B, k] of some tokens."""
+        assert self.head is not None and self.unseen is not None
+        bias = None if self.head.bias is None else self.head.bias[tokens]
+        return nn.functional.linear(self.unseen, self.head.weight[tokens], bias)
 
 
 def _first_half(found: Any) -> Any:
@@ -212,7 +221,8 @@ class ContrastiveLogitsProcessor(LogitsProcessor):
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any], contrast: Contrast):
         self.model: Any = unwrap(model)
         self.inputs, self.contrast = dict(inputs), contrast
-        self.prompt = self.length = 0
+        self.prompt = 0
+        self.last: torch.Tensor | None = None  # what was said at the last step
         self.state: dict[str, Any] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -223,9 +233,9 @@ class ContrastiveLogitsProcessor(LogitsProcessor):
                 f"generate works on {len(input_ids)} rows, the contrasts are {len(own)}. Give one "
                 "contrast a row, and search no beams."
             )
-        if input_ids.shape[1] != self.length + 1:  # the first token of a generate
-            self.prompt, self.state = input_ids.shape[1], {}
-        self.length = input_ids.shape[1]
+        if self.last is None or not torch.equal(input_ids[:, :-1], self.last):
+            self.prompt, self.state = input_ids.shape[1], {}  # the first token of a generate
+        self.last = input_ids
         said = input_ids[:, self.prompt :].to(own.device)
         unseen = self._unseen(torch.cat([own, said], 1)).to(scores)
         return self.contrast.combine(scores, unseen, said.shape[1])
