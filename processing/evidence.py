@@ -88,9 +88,7 @@ def _explained(
         raise ValueError(f"no token of the answer lies in {missing}")
     first = [tokens[0] for tokens in inside]
     wanted = sorted(set(first))
-    explained = explain(
-        model, processor, image, question, answer, tokens=wanted, baseline="blank"
-    )
+    explained = explain(model, processor, image, question, answer, tokens=wanted, baseline="blank")
     return explained, first
 
 

@@ -23,8 +23,20 @@ def add(verbs: argparse._SubParsersAction) -> None:
     tokens.add_argument("--answer", help="explain this answer instead of the model's own")
     tokens.add_argument("--out", default="firsthand-explanation", help="folder for maps and figure")
     tokens.set_defaults(module="explain_tokens")
-    for add in (_explain_heads, _explain_head, _explain_logits):
+    for add in (_explain_warn, _explain_heads, _explain_head, _explain_logits):
         add(kinds)
+
+
+def _explain_warn(kinds: argparse._SubParsersAction) -> None:
+    warn = kinds.add_parser("warn", help="the chance that each object word is made up")
+    common_model(warn)
+    warn.add_argument("--image", required=True)
+    warn.add_argument("--question", default="Describe the image.")
+    warn.add_argument("--answer", help="judge this answer instead of the model's own")
+    warn.add_argument("--warning", help="what fit_warning wrote; the demo model's if absent")
+    warn.add_argument("--max-new-tokens", type=int, default=64, help="of the model's own answer")
+    warn.add_argument("--out", default="firsthand-warning", help="folder for page and numbers")
+    warn.set_defaults(module="explain_warn")
 
 
 def _explain_heads(kinds: argparse._SubParsersAction) -> None:

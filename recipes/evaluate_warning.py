@@ -84,7 +84,8 @@ def average_precision(means: np.ndarray) -> np.ndarray:
     made_up, true = np.split(means, 2, axis=-1)
     caught = made_up[..., ::-1].cumsum(-1)[..., ::-1]
     all_above = caught + true[..., ::-1].cumsum(-1)[..., ::-1]
-    return _divide((made_up * _divide(caught, all_above)).sum(-1), made_up.sum(-1))
+    precision = np.nan_to_num(_divide(caught, all_above))  # no word is above the highest
+    return _divide((made_up * precision).sum(-1), made_up.sum(-1))
 
 
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
