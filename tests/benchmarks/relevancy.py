@@ -2,8 +2,8 @@
 
 "Theirs" is the procedure of LVLM-Stethoscope as published, written anew: eager attention, every map
 kept with its gradient, parameters that take gradients too, and the rule on full matrices; but with
-gradients cleared between tokens, without which its maps are wrong. Ours is `modeling/relevancy.py`'s
-streaming backend. Both explain the same answer tokens of a random LLaVA with 576 image tokens.
+gradients cleared between tokens, without which its maps are wrong. Ours is the streaming backend of
+`modeling/relevancy.py`. Both explain the same answer tokens of a random LLaVA: 576 image tokens.
 
     python tests/benchmarks/relevancy.py [--quick]
 """
