@@ -152,7 +152,7 @@ def build_app(
 def _examples(page: Page, image: gr.Image) -> None:
     if page.examples:
         gallery = gr.Gallery(
-            page.examples, label="Or pick one", columns=4, height=190, object_fit="contain",
+            page.examples, label="Or pick one", show_label=False, columns=4, height=230, object_fit="contain",
             allow_preview=False, interactive=False, buttons=[], elem_id="examples", format="png",
         )  # fmt: skip
         gallery.select(page.pick, None, image, **FREE, show_progress="hidden")
