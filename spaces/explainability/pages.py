@@ -33,9 +33,9 @@ element.addEventListener('click', (event) => {
 """
 CSS = """
 .gradio-container { max-width: 1280px !important; }
-.hint { color: var(--body-text-color-subdued); }
+.hint { opacity: .75; }
 .facts { margin: 0 0 6px; }
-.arm { font-size: .8rem; color: var(--body-text-color-subdued); margin-bottom: 2px; }
+.arm { font-size: .8rem; opacity: .75; margin-bottom: 2px; }
 #answer .asked { margin: 4px 0 4px 20%; padding: 8px 12px; border-radius: 12px 12px 2px 12px;
   background: #225577; color: #fff; width: fit-content; margin-left: auto; }
 #answer .said { flex: 1 1 220px; padding: 8px 12px; border-radius: 12px 12px 12px 2px;
@@ -44,13 +44,14 @@ CSS = """
 #answer .said .arm, #answer .notice { color: #56606f; font-size: .8rem; }
 #answer .side { display: flex; flex-wrap: wrap; gap: 10px; align-items: stretch; }
 #answer .word { font-size: 1.08rem; padding: 1px 4px; border-radius: 5px; cursor: pointer;
-  color: inherit; background: #e0e7ef; border: 1px solid transparent; }
+  color: inherit; font-weight: 400; background: #e0e7ef; border: 1px solid transparent; }
 #answer .word:hover { background: #cddae6; }
 #answer .word.warning { color: #a01c10; background: #fbe0dc; border-color: #c0392b; }
-#answer .word[aria-pressed="true"] { outline: 3px solid #e07a3f; outline-offset: 1px; }
+#answer .word[aria-pressed="true"] { outline: 2px solid #c2570c; outline-offset: 0; }
 .fit img { width: 100%; height: 100%; object-fit: contain; }
 #bars svg { max-width: 100%; height: auto; background: #fff; border-radius: 8px; }
-.scroll { overflow: auto; max-height: 560px; background: #fff; color: #1c2230; border-radius: 8px; }
+.scroll { overflow: auto; max-height: 560px; border: 0; background: #fff; color: #1c2230; border-radius: 8px; }
+.scroll table, .scroll tr, .scroll th, .scroll td { border: 0 !important; }
 .lens { border-collapse: separate; border-spacing: 1px; font-size: .78rem; }
 .lens th { position: sticky; left: 0; top: 0; background: #fff; color: #1c2230; padding: 2px 6px;
   font-weight: 600; z-index: 1; }

@@ -96,7 +96,7 @@ def facts(turn: Turn, chosen: At) -> str:
         return NOTHING
     share = word_share(reply, rows, turn)
     title = f"{word.text}: {share:.0%} image"
-    numbers = f"probability {word.probability:.0%}, support {support:.1f} nats"
+    numbers = f"probability {word.probability:.0%}, support {round(support, 1) + 0:.1f} nats"
     return f'<p class="facts"><b>{escape(title)}</b>, {numbers}</p>{bars(labels)}'
 
 
