@@ -50,7 +50,8 @@ CSS = """
 #answer .word[aria-pressed="true"] { outline: 2px solid #c2570c; outline-offset: 0; }
 .fit img { width: 100%; height: 100%; object-fit: contain; }
 #bars svg { max-width: 100%; height: auto; background: #fff; border-radius: 8px; }
-.scroll { overflow: auto; max-height: 560px; border: 0; background: #fff; color: #1c2230; border-radius: 8px; }
+.scroll { overflow: auto; max-height: 560px; border: 0; background: #fff;
+  color: #1c2230; border-radius: 8px; }
 .scroll table, .scroll tr, .scroll th, .scroll td { border: 0 !important; }
 .lens { border-collapse: separate; border-spacing: 1px; font-size: .78rem; }
 .lens th { position: sticky; left: 0; top: 0; background: #fff; color: #1c2230; padding: 2px 6px;
@@ -153,8 +154,9 @@ def build_app(
 def _examples(page: Page, image: gr.Image) -> None:
     if page.examples:
         gallery = gr.Gallery(
-            page.examples, label="Or pick one", show_label=False, columns=4, height=230, object_fit="contain",
-            allow_preview=False, interactive=False, buttons=[], elem_id="examples", format="png",
+            page.examples, label="Or pick one", show_label=False, columns=4, height=230,
+            object_fit="contain", allow_preview=False, interactive=False, buttons=[],
+            elem_id="examples", format="png",
         )  # fmt: skip
         gallery.select(page.pick, None, image, **FREE, show_progress="hidden")
 
