@@ -3,7 +3,7 @@
 ConvLlavaConfig(vision_config={"model_type": "convnext", "image_size": 1024, ...})
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlavaConfig
@@ -35,11 +35,12 @@ class ConvLlavaConfig(LlavaConfig):
 
     image_seq_length: int = 144
     vision_feature_layer: int | list[int] = -1
-    vision_feature_select_strategy: str = "full"
+    vision_feature_select_strategy: Literal["default", "full"] = "full"
 
     _auto_class = "AutoConfig"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         # where LlavaModel looks for the width of what it projects
-        self.vision_config.hidden_size = self.vision_config.hidden_sizes[-1]
+        vision: Any = self.vision_config
+        vision.hidden_size = vision.hidden_sizes[-1]

@@ -3,6 +3,8 @@
 MPlugOwlConfig(text_config={"model_type": "llama", ...}, num_query_tokens=64)
 """
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlavaConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -45,7 +47,7 @@ class MPlugOwlConfig(LlavaConfig):
 
     image_seq_length: int = 65
     vision_feature_layer: int | list[int] = -1
-    vision_feature_select_strategy: str = "full"
+    vision_feature_select_strategy: Literal["default", "full"] = "full"
     num_query_tokens: int = 64
     abstractor_layers: int = 6
     abstractor_heads: int = 16

@@ -13,7 +13,7 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimo
 
 def name_auto_classes(model: PreTrainedModel) -> None:
     """Let checkpoints of `model` load through AutoConfig and each of `AUTO_CLASSES`."""
-    name, config = (_place(cls) for cls in (type(model), type(model).config_class))
+    name, config = _place(type(model)), _place(type(model.config))
     model.config.auto_map = {"AutoConfig": config, **dict.fromkeys(AUTO_CLASSES, name)}
 
 

@@ -7,6 +7,8 @@ LlavaForConditionalGeneration; a subclass names its own LlavaModel.
         config_class, model_class = MyConfig, MyModel
 """
 
+from typing import Any
+
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
@@ -23,7 +25,7 @@ class LlavaShaped(LlavaForConditionalGeneration):
     def __init__(self, config: LlavaConfig):
         LlavaPreTrainedModel.__init__(self, config)
         self.model = self.model_class(config)
-        text = config.text_config
+        text: Any = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
         name_auto_classes(self)

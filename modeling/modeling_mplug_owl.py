@@ -25,7 +25,7 @@ class MPlugOwlModel(LlavaModel):
 
     config: MPlugOwlConfig
     config_class = MPlugOwlConfig
-    multi_modal_projector: nn.Module
+    multi_modal_projector: Any
 
     def __init__(self, config: MPlugOwlConfig):
         LlavaPreTrainedModel.__init__(self, config)
@@ -36,7 +36,8 @@ class MPlugOwlModel(LlavaModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, VisualAbstractor):
-            module.init_weights(self.config.text_config.initializer_range)
+            text: Any = self.config.text_config
+            module.init_weights(text.initializer_range)
         else:
             super()._init_weights(module)
 

@@ -7,6 +7,8 @@ no final norm. Not a Q-Former: the residual is the normalised query.
     tokens = VisualAbstractor(config)(encoder_outputs)
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -74,7 +76,8 @@ class VisualAbstractor(nn.Module):
 
     def __init__(self, config: MPlugOwlConfig, fixed_positions: bool = False):
         super().__init__()
-        width, text = config.vision_config.hidden_size, config.text_config.hidden_size
+        parts: Any = config
+        width, text = parts.vision_config.hidden_size, parts.text_config.hidden_size
         self.fixed_positions = fixed_positions
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
         self.layers = nn.ModuleList(

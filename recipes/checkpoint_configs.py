@@ -54,6 +54,7 @@ MINIGPT4_SYSTEM = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
     "provide it to you. Please answer my questions."
 )
+SELECTED: dict[str, Any] = {"patch": "default", "cls_patch": "full"}
 
 
 def _chosen(raw: Raw, fields: tuple[str, ...]) -> dict[str, Any]:
@@ -88,12 +89,12 @@ def llava_config(raw: Raw, vision: Raw | None) -> LlavaConfig:
         ValueError: for a projector that is not LLaVA-1.5's.
     """
     _check_projector(raw)
-    sizes = {} if vision is None else {"vision_config": clip_config(vision)}
+    sizes: dict[str, Any] = {} if vision is None else {"vision_config": clip_config(vision)}
     feature = raw.get("mm_vision_select_feature", "patch")
-    config = LlavaConfig(
+    config: Any = LlavaConfig(
         text_config=text_config(raw),
         vision_feature_layer=raw.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}[feature],
+        vision_feature_select_strategy=SELECTED[feature],
         **sizes,
     )
     side = config.vision_config.image_size // config.vision_config.patch_size
@@ -106,7 +107,7 @@ def conv_llava_config(raw: Raw, vision: Raw | None) -> ConvLlavaConfig:
     _check_projector(raw)
     text = text_config(raw)
     if vision is None:
-        config = ConvLlavaConfig(text_config=text)
+        config: Any = ConvLlavaConfig(text_config=text)
         config.vision_config.image_size = raw.get("mm_vision_resolution", 768)
     else:
         config = ConvLlavaConfig(text_config=text, vision_config=ConvNextConfig(**vision))
@@ -116,7 +117,8 @@ def conv_llava_config(raw: Raw, vision: Raw | None) -> ConvLlavaConfig:
 
 def total_stride(config: ConvLlavaConfig) -> int:
     """Pixels on each side of the square that one image token stands for."""
-    return config.vision_config.patch_size * 2 ** (config.vision_config.num_stages - 1)
+    vision: Any = config.vision_config
+    return vision.patch_size * 2 ** (vision.num_stages - 1)
 
 
 def _check_projector(raw: Raw) -> None:
@@ -151,7 +153,7 @@ def mplug_owl2_config(raw: Raw, weights: Tensors) -> MPlugOwl2Config:
         ValueError: where the abstractor's grid is not the encoder's.
     """
     visual, abstractor = (raw["visual_config"][k] for k in ("visual_model", "visual_abstractor"))
-    vision = _owl_vision(visual)
+    vision: Any = _owl_vision(visual)
     side = vision.image_size // vision.patch_size
     if (abstractor.get("grid_size") or side) != side:
         raise ValueError(

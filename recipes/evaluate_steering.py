@@ -45,8 +45,8 @@ from firsthand.processing.generation import generate_answers, prepare_inputs
 from firsthand.processing.steering_pairs import ValsePairs
 from firsthand.recipes import demo_data, demo_measure, demo_model, demo_rows
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS, write_csv
-from firsthand.recipes.evaluate_vision_modeling import Measured, differences, rows_of
 from firsthand.recipes.steer import caption_pairs, conflict_pairs, scene_pairs
+from firsthand.recipes.study import Measured, differences, rows_of
 
 KEEP_RECALL = 0.95  # of plain's: a strength that says less is not chosen
 SIGNED = (-0.5, 0.25, 0.5, 1.0)
@@ -338,7 +338,9 @@ def main(argv: list[str] | None = None) -> None:
             protocol = _protocol(rows, split, args.seed, decoding)
             found += rows_of(whole[arm], arm, split, protocol)
             if arm != "plain":
-                found += differences(whole[arm], whole["plain"], f"{arm} - plain", split, protocol)
+                found += differences(
+                    [whole[arm]], [whole["plain"]], f"{arm} - plain", split, protocol
+                )
         write_csv(args.out, found)
         results.write_results(args.out.with_suffix(".json"), found)
     print(results.table([row for row in found if "strength" not in row["arm"]]))

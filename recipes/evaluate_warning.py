@@ -15,7 +15,7 @@ A split that is not committed is read from `--scenes_folder`. Finished captions 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ SINGLE: dict[str, Callable[[Word], float]] = {  # high = seen
 FITTED = {"attention": ["attention"], "relevancy": ["relevancy"], "all": list(SIGNALS)}
 
 
-def scorers(words: list[Word]) -> dict[str, Scorer]:
+def scorers(words: Sequence[Word]) -> dict[str, Scorer]:
     """Arm -> how it scores words; the fitted ones have seen `words`."""
 
     def alone(signal: Callable[[Word], float]) -> Scorer:
@@ -94,7 +94,7 @@ def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    words: list[Word], arms: dict[str, Scorer], split: str, protocol: dict[str, Any]
+    words: Sequence[Word], arms: dict[str, Scorer], split: str, protocol: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Result rows of every arm on one split's words; `all` also against `probability`."""
     made_up = np.array([not word["true"] for word in words], dtype=bool)
