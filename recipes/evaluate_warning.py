@@ -32,7 +32,7 @@ from firsthand.recipes.inputs import load_model
 from firsthand.recipes.labelled_words import Source, labelled_words
 
 SVAR_LAYERS = (5 / 32, 18 / 32)  # the part of the decoder whose attention shares SVAR sums
-Scorer = Callable[[list[Word]], np.ndarray]  # high = made up
+Scorer = Callable[[Sequence[Word]], np.ndarray]  # high = made up
 
 
 def _svar(word: Word) -> float:
