@@ -86,9 +86,10 @@ def dispersion(maps: Any, top: float = TOP) -> np.ndarray:
     flat = maps.reshape(-1, maps.shape[-2] * maps.shape[-1])
     total = flat.sum(1)
     shares = flat / np.where(total > 0, total, 1)[:, None]
-    outside = np.where(foreground(maps, top).reshape(flat.shape), 0, shares)
+    blob = foreground(maps, top).reshape(flat.shape)
+    outside = np.where(blob, 0, shares)
     rest = outside.sum(1)
-    even = np.log(np.maximum((~foreground(maps, top)).reshape(flat.shape).sum(1), 2))
+    even = np.log(np.maximum((~blob).sum(1), 2))
     parts = outside / np.where(rest > 0, rest, 1)[:, None]
     entropy = -(parts * np.log(np.where(parts > 0, parts, 1))).sum(1) / even
     return np.where(total > 0, rest * entropy, 1.0).reshape(maps.shape[:-2])
