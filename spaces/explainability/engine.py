@@ -34,7 +34,7 @@ from firsthand.recipes.explain_logits import label_words, read_image
 from firsthand.spaces.explainability.state import Reply, joined, opening
 
 MAX_NEW_TOKENS = 64
-CHUNK = 6  # answer tokens that are explained before another visitor's call may come between
+CHUNK = 4  # answer tokens that are explained before another visitor's call may come between
 
 
 def gpu_decorator() -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -154,7 +154,7 @@ def build_app(
 def _examples(page: Page, image: gr.Image) -> None:
     if page.examples:
         gallery = gr.Gallery(
-            page.examples, label="Or pick one", show_label=False, columns=4, height=230,
+            page.examples, label="Or pick one", show_label=False, columns=4, height=250,
             object_fit="contain", allow_preview=False, interactive=False, buttons=[],
             elem_id="examples", format="png",
         )  # fmt: skip
