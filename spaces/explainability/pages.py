@@ -62,7 +62,8 @@ CSS = """
 .heads { border-collapse: separate; border-spacing: 1px; width: 100%; table-layout: fixed; }
 .heads th { font-size: .7rem; font-weight: 400; padding: 0 2px; color: #56606f; }
 .heads th:first-child { width: 24px; } .heads td { padding: 0; }
-.heads button { display: block; width: 100%; min-width: 10px; height: 22px; border-radius: 3px;
+.heads button { display: block; width: 100%; min-width: 0; padding: 0; border: 0;
+  height: 22px; border-radius: 3px;
   cursor: pointer; }
 .heads button[aria-pressed="true"] { outline: 3px solid #2fd3ff; }
 """
