@@ -6,8 +6,8 @@ subtracted. Both branches stand in one batch of 2B rows, so that a token costs o
 What it is not: the making of the second branch (`processing/contrast_inputs.py` does it), a change
 of attention (PAI's other half), or a beam search.
 
-    inputs = both_branches(processor, rows, method="vcd")           # B rows, then their B contrasts
-    model.generate(**inputs, custom_generate=CONTRASTS["vcd"])   # [B, T + new]
+    inputs = both_branches(processor, rows, method="vcd")  # B rows, then their B contrasts
+    model.generate(**inputs, custom_generate=CONTRASTS["vcd"])  # [B, T + new]
 
 `ContrastiveLogitsProcessor` does the same after the model's own forward pass, with a second cache:
 two passes a token, for callers that cannot double their batch.

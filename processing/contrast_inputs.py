@@ -4,7 +4,7 @@ What it is: the second branches of VCD (a noised or blurred image), ICD (a distu
 M3ID and PAI (no image), padded to one length. What it is not: the decoding
 (`modeling/contrastive.py`).
 
-    inputs = both_branches(processor, rows, "vcd")
+    inputs = both_branches(processor, rows, method="vcd")
     model.generate(**inputs, custom_generate=CONTRASTS["vcd"])
     generate_answers(model, processor, rows, **contrast_settings("vcd"))  # or many rows in batches
 """
