@@ -5,10 +5,10 @@ import json
 
 import pytest
 from datasets import load_dataset
-from tiny_models import tiny_image
+from tiny_models import tiny_image, tiny_processor
 
 from firsthand.datasets_scripts.sima import sima
-from firsthand.recipes.train_preference import load_pairs, problem
+from firsthand.recipes.train_preference import load_pairs, problems
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_preferences_of_povid_train(tmp_path, images):
     ):  # fmt: skip
         assert reason in reasons
     found = load_pairs(str(out), "train")
+    problem = problems(tiny_processor("internvl"), limit=512)
     assert [problem(found[i]) for i in range(2)] == [None, None]
     assert found[0]["prompt"] == [{"role": "user", "content": "What?"}]
     assert found[0]["chosen"] == [{"role": "assistant", "content": "A dog."}]

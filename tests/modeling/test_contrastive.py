@@ -20,6 +20,7 @@ from firsthand.processing.contrast_inputs import (
 from firsthand.processing.generation import generate_answers, prepare_inputs
 
 NEW = 6
+TYPES = ("mm_token_type_ids", "token_type_ids")
 ROWS = [
     {"id": str(i), "image_id": str(i), "image": tiny_image(i), "question": question}
     for i, question in enumerate(["What?", "Is there a dog in the image?"])
@@ -39,8 +40,9 @@ def _slow(model, processor, row, method, contrast):
     if BRANCHES[method] != "none":
         other["pixel_values"] = both["pixel_values"][half:]
         other |= {k: v[1:] for k, v in both.items() if k == "image_grid_thw"}
-    if "mm_token_type_ids" in both:
-        other["mm_token_type_ids"] = both["mm_token_type_ids"][1:, kept]
+    for name in TYPES:
+        if name in both:
+            other[name] = both[name][1:, kept]
     other["attention_mask"] = torch.ones_like(other["input_ids"])
     tokens, mixed = [], []
     for step in range(NEW):
@@ -57,8 +59,9 @@ def _slow(model, processor, row, method, contrast):
 def _next(model, inputs, tokens):
     inputs, new = dict(inputs), torch.tensor([tokens], dtype=torch.long)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], new], 1)
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+    for name in ("attention_mask", *TYPES):
         if name in inputs:
+            value = int(name == "attention_mask")
             inputs[name] = torch.cat([inputs[name], torch.full_like(new, value)], 1)
     return model(**inputs).logits[0, -1].float()
 

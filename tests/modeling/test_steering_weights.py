@@ -134,7 +134,14 @@ def _pairs(processor):
     ]
 
 
-@pytest.mark.parametrize("family", sorted(TINY))
+def test_a_cut_behind_a_norm_is_refused():
+    """Gemma 3's last module that writes is a norm, whose output no linear layer decides."""
+    model = TINY["gemma3"]()
+    with pytest.raises(ValueError, match="not that of one plain linear layer"):
+        cut_directions(model, {1: torch.eye(2, 32)})
+
+
+@pytest.mark.parametrize("family", sorted(set(TINY) - {"gemma3"}))
 def test_the_cut_leaves_nothing_along_the_directions(family, tmp_path):
     model, processor = TINY[family](), tiny_processor(family)
     layers = upper_half(model)

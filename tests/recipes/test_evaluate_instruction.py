@@ -4,9 +4,8 @@ import csv
 
 import pytest
 
-from firsthand.recipes import evaluate_instruction as study
+from firsthand.recipes import evaluate_instruction, study
 from firsthand.recipes.demo_data import load_scenes
-from firsthand.recipes.demo_measure import captions
 from firsthand.recipes.evaluate_instruction import measure, questions_of
 
 COUNT = 6
@@ -94,11 +93,12 @@ def test_arms_are_asked_once_and_compared(tmp_path, monkeypatch):
             yield {k: v for k, v in row.items() if k != "image"} | {"prediction": text}
 
     monkeypatch.setattr(study, "load_arm", lambda adapter: (adapter, None))
-    monkeypatch.setattr(study, "generate_answers", generated)
+    monkeypatch.setattr(evaluate_instruction, "generate_answers", generated)
     command = ["--arm", "neg0=a,a", "--arm", "neg50=b,b", "--split", "test"]
-    command += ["--count", str(COUNT), "--work", str(tmp_path / "work")]
+    command += ["--compare", "neg50-neg0", "--count", str(COUNT), "--work", str(tmp_path / "work")]
     for name in ("one.csv", "two.csv"):
-        study.main([*command, "--out", str(tmp_path / name)])
+        args = study.parse([*command, "--out", str(tmp_path / name)], "instructions")
+        study.run(args, evaluate_instruction.answered)
     assert asked == [None, "a", "a", "b", "b"]
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
     with (tmp_path / "one.csv").open() as file:
@@ -106,4 +106,3 @@ def test_arms_are_asked_once_and_compared(tmp_path, monkeypatch):
     assert float(rows["neg50 - neg0", "accuracy_absent"]["value"]) == 1.0
     assert float(rows["neg0", "pope_yes_ratio"]["value"]) == 1.0
     assert int(rows["neg0", "chair_i"]["n"]) == 2 * int(rows["neg0, seed 1", "chair_i"]["n"])
-    assert len(captions(study.read_rows(tmp_path / "work" / "neg01-test.jsonl"))) == COUNT
