@@ -232,6 +232,8 @@ def critique(
 
 def critique_of(args: argparse.Namespace) -> Critique:
     """Who judges, from the command line. Raises ValueError for options that do not go together."""
+    if args.scorer == "gavie":
+        return _gavie_of(args)
     if args.scorer != "critic":
         return _scorer_of(args)
     answerer = answerer_of(args)
@@ -239,6 +241,15 @@ def critique_of(args: argparse.Namespace) -> Critique:
         raise ValueError("--reading choice needs a model of this process: leave --endpoint out")
     about = {"orders": args.orders, "reading": args.reading, **spoken(answerer)}
     return Critique(Criticise(answerer, args.orders, args.reading), about)
+
+
+def _gavie_of(args: argparse.Namespace) -> Critique:
+    from firsthand.recipes.critique_gavie import gavie_step
+
+    answerer = answerer_of(args)
+    if answerer.endpoint is None:
+        raise ValueError("--scorer gavie needs a judge: give --endpoint and --endpoint-model")
+    return Critique(*gavie_step(answerer.endpoint, answerer.cache, args.regions))
 
 
 def _scorer_of(args: argparse.Namespace) -> Critique:

@@ -62,7 +62,8 @@ def _augment_critique(kinds: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--scorer",
         default="critic",
-        help="critic, chair, evidence (visual support of object words), or package.module:function",
+        help="critic, chair, evidence (what the model sees of object words), gavie, or "
+        "package.module:function",
     )
     critic = parser.add_argument_group("critic")
     critic.add_argument(
@@ -77,6 +78,9 @@ def _augment_critique(kinds: argparse._SubParsersAction) -> None:
     critic.set_defaults(temperature=1.0, top_p=1.0, seed=0)
     chair_truth(parser).add_argument(
         "--recall-weight", type=float, default=0.0, help="score: weight * recall - CHAIR_i"
+    )
+    parser.add_argument_group("gavie").add_argument(
+        "--regions", help="dense captions of the images: JSON, Visual Genome's file, or `scenes`"
     )
     evidence = parser.add_argument_group("evidence")
     evidence.add_argument("--support-weight", type=float, default=0.5)

@@ -54,7 +54,10 @@ class ChairScorer:
 
     def __call__(self, row: Row, responses: Sequence[str]) -> list[Score]:
         """Raises ValueError for an image without ground truth."""
-        image_id = self._image_id(row)
+        image_id = image_id_of(row, self.objects)
+        if image_id is None:
+            name = row["images"][0]["path"]
+            raise ValueError(f"no ground truth: no objects are listed for the image {name!r}")
         shown = {image_id: list(self.objects[image_id])}
         return [self._score(image_id, shown, text) for text in responses]
 
@@ -64,15 +67,16 @@ class ChairScorer:
         absent, recall = (_or_zero(found[name]) for name in ("chair_i", "recall"))
         return Score(self.recall_weight * recall - absent, absent == 0)
 
-    def _image_id(self, row: Row) -> Any:
-        name = str(row["images"][0]["path"] or "")
-        stem = re.sub(r"^.*/|\.\w+$", "", name)
-        number = re.search(r"\d+$", stem)
-        candidates = [stem, *((number[0], int(number[0]), str(int(number[0]))) if number else ())]
-        for candidate in candidates:
-            if candidate in self.objects:
-                return candidate
-        raise ValueError(f"no ground truth: no objects are listed for the image {name!r}")
+
+def image_id_of(row: Row, known: Mapping[Any, Any]) -> Any:
+    """The key that a row's image has in `known`: its file name's stem, or the number it ends with.
+
+    None where there is none.
+    """
+    stem = re.sub(r"^.*/|\.\w+$", "", str(row["images"][0]["path"] or ""))
+    number = re.search(r"\d+$", stem)
+    candidates = [stem, *((number[0], int(number[0]), str(int(number[0]))) if number else ())]
+    return next((one for one in candidates if one in known), None)
 
 
 def _or_zero(value: float) -> float:

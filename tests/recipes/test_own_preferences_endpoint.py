@@ -76,6 +76,36 @@ def test_a_dead_server_loses_nothing(data, tmp_path, capsys):
         assert "answered none of 6 requests" in told and not (tmp_path / "r" / "data").exists()
 
 
+def test_gavie_marks_every_response(data, tmp_path, capsys):
+    """The judge likes drawn answers, cannot be read on one prompt, and asks for regions."""
+
+    def judge(payload, key):
+        text = json.dumps(payload["messages"])
+        if "Question" not in text and "temperature" in payload and "image_url" in text:
+            return answer(payload, key)
+        if "two?" in text:
+            return "I like both."
+        mark = 8 if "drawn" in text else 3
+        return json.dumps(
+            {"relevance_reason": "a", "relevance": 10, "accuracy_reason": "b", "accuracy": mark}
+        )
+
+    (tmp_path / "regions.json").write_text(
+        json.dumps({"a": [{"caption": "a dog", "bbox": [1, 2, 20, 20]}]})
+    )
+    with ScriptedEndpoint(judge) as server:
+        there = ["--endpoint", server.url, "--endpoint-model", "m"]
+        responses = ["augment", "responses", "--data", str(data), "--out", str(tmp_path / "r")]
+        assert cli.main([*responses, *there]) == 0
+        command = ["augment", "critique", "--scorer", "gavie", "--data", str(tmp_path / "r")]
+        command += [*there, "--out", str(tmp_path / "c")]
+        assert cli.main(command) == 2 and "needs --regions" in capsys.readouterr().err
+        assert cli.main([*command, "--regions", str(tmp_path / "regions.json")]) == 0
+    row, dropped = rows_of(tmp_path / "c")[0], rows_of(tmp_path / "c", "dropped")[0]
+    assert row["scores"] == [6.5, 9.0] and row["critic"] == "gavie m"
+    assert (dropped["question"], dropped["dropped"]) == ("two?", "Gavie: unparsed")
+
+
 def test_transformers_own_server_answers_and_criticises(data, tmp_path, serve, capsys):
     """A random model answers nonsense: its verdicts are unparsed, told and kept.
 
