@@ -390,10 +390,10 @@ ASKED = [0, 0, 1, 0.5, "smooth", 2, "sum", READINGS[0]]
 def test_the_api_answers_and_keeps_sessions_apart(url, picture):
     clients = [Client(url, verbose=False) for _ in range(2)]
     told = [
-        client.predict(handle_file(picture), question, *ASKED, api_name="/ask")[1]
+        client.predict(handle_file(picture), question, *ASKED, api_name="/ask")[0]
         for client, question in zip(clients, ["Mine?", "Yours?"], strict=True)
     ]
-    again = clients[0].predict(handle_file(picture), "More?", *ASKED, api_name="/ask")[1]
+    again = clients[0].predict(handle_file(picture), "More?", *ASKED, api_name="/ask")[0]
     assert all("data-at" in text for text in told)
     assert "Mine?" in again and "Yours?" not in again + told[0] and "Mine?" not in told[1]
     with pytest.raises(AppError, match="Upload an image"):
