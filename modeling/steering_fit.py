@@ -28,12 +28,13 @@ from torch.nn import functional as F
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils.logging import tqdm
 
-from .families import decoder_layers, steered_modules, unwrap
+from .families import decoder_layers, family_of, steered_modules, unwrap
 from .steering import SteeringVector, check_layers
 
 KEYS = ("image", "question", "answer")
 VTI_ANGLE = 0.1  # radians, about, that VTI turns at its alpha of 1
 Site = Literal["mlp", "layer"]
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 Position = Literal["answer", "last", "all"]
 Pair = Mapping[str, Mapping[str, Any]]
 
@@ -302,13 +303,13 @@ def _difference(
     if not batch:
         return torch.empty(0)
     rows = [pair[side] for side in ("positive", "negative") for pair in batch]
-    inputs = _encode(processor, rows, position)
+    inputs = _encode(processor, rows, position, family_of(model).answer_type)
     states = mean_states(model, inputs, inputs.pop("counted"), layers, site)
     return states[: len(batch)] - states[len(batch) :]
 
 
 def _encode(
-    processor: ProcessorMixin, rows: list[Mapping[str, Any]], position: Position
+    processor: ProcessorMixin, rows: list[Mapping[str, Any]], position: Position, answer_type: int
 ) -> dict[str, torch.Tensor]:
     """Prompts with their answers, right-padded; `counted` is 1 where states count [B, T]."""
     tokenizer = processor.tokenizer
@@ -325,24 +326,37 @@ def _encode(
         inside[{"answer": len(sequence), "last": -1, "all": 0}[position] :] = 1
         counted.append(inside)
     pad = nn.utils.rnn.pad_sequence
-    images = [key for key in prompts[0] if key not in ("attention_mask", "mm_token_type_ids")]
+    asides = [key for key in prompts[0] if key.startswith("qformer_")]  # a question of its own
+    images = [
+        key for key in prompts[0] if key not in ("attention_mask", "labels", *TOKEN_TYPES, *asides)
+    ]
     return {
         "input_ids": pad(whole, batch_first=True, padding_value=tokenizer.pad_token_id or 0),
         "attention_mask": pad([torch.ones_like(row) for row in whole], batch_first=True),
         "counted": pad(counted, batch_first=True),
-        **_token_types(prompts, whole),
+        **_token_types(prompts, whole, answer_type),
+        **{key: pad([prompt[key][0] for prompt in prompts], batch_first=True) for key in asides},
         **{key: torch.cat([prompt[key] for prompt in prompts]) for key in images},
     }
 
 
-def _token_types(prompts: list[dict], whole: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Qwen's marks of image tokens, 0 at the answers."""
-    if "mm_token_type_ids" not in prompts[0]:
-        return {}
-    types = [torch.zeros_like(row) for row in whole]
-    for row, prompt in zip(types, prompts, strict=True):
-        row[: prompt["mm_token_type_ids"].shape[1]] = prompt["mm_token_type_ids"][0]
-    return {"mm_token_type_ids": nn.utils.rnn.pad_sequence(types, batch_first=True)}
+def _token_types(
+    prompts: list[dict], whole: list[torch.Tensor], answer_type: int
+) -> dict[str, torch.Tensor]:
+    """Marks of each token's kind, where the processor gives them; `answer_type` at the answers.
+
+    Qwen's `mm_token_type_ids` are 0 there for every family.
+    """
+    found = {}
+    for key in TOKEN_TYPES:
+        if key in prompts[0]:
+            types = [
+                torch.full_like(row, answer_type if key == "token_type_ids" else 0) for row in whole
+            ]
+            for row, prompt in zip(types, prompts, strict=True):
+                row[: prompt[key].shape[1]] = prompt[key][0]
+            found[key] = nn.utils.rnn.pad_sequence(types, batch_first=True)
+    return found
 
 
 def prompt_inputs(

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny_models import TINY, tiny_image, tiny_inputs, tiny_llava, tiny_processor, tiny_prompt
+from tiny_models import (
+    PARTIAL,
+    TINY,
+    tiny_image,
+    tiny_inputs,
+    tiny_llava,
+    tiny_processor,
+    tiny_prompt,
+)
 
 from firsthand.modeling.families import decoder_layers, steered_modules, vision_layers
 from firsthand.modeling.steering import attach_steering
@@ -311,3 +319,21 @@ def test_a_pair_that_could_not_be_made_is_left_out():
     vector = fit_steering(model, processor, pairs, batch_size=1, progress=False)
     expected = fit_steering(model, processor, _pairs(3), batch_size=1, progress=False)
     assert vector.pairs == 3 and torch.equal(vector.directions[0], expected.directions[0])
+
+
+@pytest.mark.parametrize("family", sorted(TINY | PARTIAL))
+def test_prompts_of_unequal_length_are_averaged_as_they_would_be_alone(family):
+    """Marks of token types and a Q-Former's own question are padded with their rows."""
+    model, processor = (TINY | PARTIAL)[family](), tiny_processor(family)
+    questions = ["What?", "Is there a dog in the image, or a cup?"]
+    found = [
+        {
+            "positive": {"image": tiny_image(i), "question": q, "answer": "a dog top left."},
+            "negative": {"image": tiny_image(i + 2), "question": q, "answer": "a cup."},
+        }
+        for i, q in enumerate(questions)
+    ]
+    together = fit_steering(model, processor, found, batch_size=2, progress=False)
+    alone = fit_steering(model, processor, found, batch_size=1, progress=False)
+    for layer, direction in together.directions.items():
+        torch.testing.assert_close(direction, alone.directions[layer], atol=1e-4, rtol=1e-3)
