@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from firsthand.metrics import chair, pope
+from firsthand.metrics import pope
 from firsthand.processing.generation import generate_answers
-from firsthand.recipes import demo_measure, demo_rows, study
+from firsthand.recipes import demo_rows, study
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS
 from firsthand.recipes.study import Measured, measured
 
@@ -62,14 +62,8 @@ def measure(said: list[Row], rows: list[Row]) -> Measured:
     such an object for granted whose answer says no or not: high is right in the first, low in the
     second.
     """
-    captions = demo_measure.captions(said)
-    pairs = dict(chair.pairs(captions, demo_rows.objects_of(rows), demo_measure.LEXICON))
-    placed = {row["id"]: row["objects"] for row in rows}
-    pairs["position_accuracy"] = chair.position_pairs(captions, placed, demo_measure.LEXICON)
-    found = {name: measured(columns, captions) for name, columns in pairs.items()}
+    found = study.caption_measures(said, rows) | study.pope_measures(said)
     polled = [row for row in said if row.get("strategy")]
-    for name in demo_measure.KEPT:
-        found[name] = measured(pope.pairs(polled)[name], polled)
     for what, answer in (("existing", "yes"), ("absent", "no")):
         asked = [row for row in polled if row["answer"] == answer]
         found[f"accuracy_{what}"] = measured(pope.pairs(asked)["pope_accuracy"], asked)

@@ -15,7 +15,6 @@ times) measures only these.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ import torch
 from tqdm.auto import tqdm
 
 from firsthand.datasets_scripts.scenes import scenes
-from firsthand.metrics import chair, pope, results
+from firsthand.metrics import results
 from firsthand.modeling.families import steered_modules
 from firsthand.modeling.steering import SteeringVector, attach_steering
 from firsthand.modeling.steering_fit import contrast_differences, fit_steering, fit_vista
@@ -46,7 +45,15 @@ from firsthand.processing.steering_pairs import ValsePairs
 from firsthand.recipes import demo_data, demo_measure, demo_model, demo_rows
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS, write_csv
 from firsthand.recipes.steer import caption_pairs, conflict_pairs, scene_pairs
-from firsthand.recipes.study import Measured, differences, rows_of
+from firsthand.recipes.study import (
+    Measured,
+    caption_measures,
+    differences,
+    kept_part,
+    measured,
+    pope_measures,
+    rows_of,
+)
 
 KEEP_RECALL = 0.95  # of plain's: a strength that says less is not chosen
 SIGNED = (-0.5, 0.25, 0.5, 1.0)
@@ -115,7 +122,7 @@ class Study:
     @cached_property
     def gate(self) -> float:
         """The median visual support of true captions' tokens, over the scenes fitted on."""
-        return part(self.work / "gate.json", self._median_support)
+        return kept_part(self.work / "gate.json", self._median_support)
 
     @torch.inference_mode()
     def _median_support(self) -> float:
@@ -214,24 +221,14 @@ class Study:
 
 def measure_captions(said: list[Row], rows: list[Row]) -> Measured:
     """CHAIR, recall and length of captions: numerators, denominators and the scene of each."""
-    captions = demo_measure.captions(said)
-    pairs = chair.pairs(captions, demo_rows.objects_of(rows), demo_measure.LEXICON)
-    return {name: _measured(columns, captions) for name, columns in pairs.items()}
-
-
-def _measured(columns: Any, rows: list[Row]) -> dict[str, list]:
-    listed = np.asarray(columns, dtype=float).tolist()
-    return {"columns": listed, "groups": [row["image_id"] for row in rows]}
+    return caption_measures(said, rows, placed=False)
 
 
 def measure(study: Study, arm: str, strength: float, rows: list[Row], plain: list[Row]) -> Measured:
     """All metrics of an arm on some scenes; `plain` are the plain captions, for the divergence."""
     asked = demo_rows.caption_rows(rows) + demo_rows.existence_rows(rows, study.seed)
     said = study.answers(arm, strength, asked)
-    found = measure_captions(said, rows)
-    polled = [answer for answer in said if answer.get("strategy")]
-    for name in demo_measure.KEPT:
-        found[name] = _measured(pope.pairs(polled)[name], polled)
+    found = measure_captions(said, rows) | pope_measures(said)
     captions = demo_rows.caption_rows(rows)
     kept = [(row, one["prediction"]) for row, one in zip(captions, plain, strict=True)]
     kept = [(row, text) for row, text in kept if text]
@@ -239,23 +236,13 @@ def measure(study: Study, arm: str, strength: float, rows: list[Row], plain: lis
         study.divergence(arm, strength, row, text)
         for row, text in tqdm(kept, desc=f"KL, {arm}", unit="caption")
     ]
-    found["kl_to_plain"] = _measured(kl, [row for row, _ in kept])
+    found["kl_to_plain"] = measured(kl, [row for row, _ in kept])
     return found
-
-
-def part(file: Path, make: Any) -> Any:
-    """What `make` gives, from a file if it was made before."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".aside")
-        aside.write_text(json.dumps(make()), "utf-8")
-        aside.replace(file)
-    return json.loads(file.read_text("utf-8"))
 
 
 def same_settings(work: Path, **settings: Any) -> None:
     """Raise ValueError where `work` holds parts that were made with other settings."""
-    known = part(work / "settings.json", lambda: settings)
+    known = kept_part(work / "settings.json", lambda: settings)
     if known != settings:
         raise ValueError(f"{work} holds parts of {known}, not {settings}: use another --work")
 
@@ -289,7 +276,9 @@ def chosen_strengths(study: Study, arms: list[str], rows: list[Row]) -> tuple[di
 
     def tried(arm: str, strength: float) -> Measured:
         file = study.work / "validation" / f"{arm}-{strength:g}.json"
-        return part(file, lambda: measure_captions(study.answers(arm, strength, captions), rows))
+        return kept_part(
+            file, lambda: measure_captions(study.answers(arm, strength, captions), rows)
+        )
 
     plain = tried("plain", 0.0)
     found = rows_of(
@@ -329,11 +318,11 @@ def main(argv: list[str] | None = None) -> None:
         rows = demo_data.load_scenes(split, args.count)
         folder = study.work / f"{split}-{args.count}"
         captions = demo_rows.caption_rows(rows)
-        plain = part(folder / "captions.json", partial(study.answers, "plain", 0.0, captions))
+        plain = kept_part(folder / "captions.json", partial(study.answers, "plain", 0.0, captions))
         whole: dict[str, Measured] = {}
         for arm, strength in {"plain": 0.0, **chosen}.items():
             file = folder / f"{arm}-{strength:g}.json"
-            whole[arm] = part(file, partial(measure, study, arm, strength, rows, plain))
+            whole[arm] = kept_part(file, partial(measure, study, arm, strength, rows, plain))
             decoding = "greedy" if arm == "plain" else f"greedy, strength {strength:g}"
             protocol = _protocol(rows, split, args.seed, decoding)
             found += rows_of(whole[arm], arm, split, protocol)

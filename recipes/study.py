@@ -37,18 +37,28 @@ def answer_measures(model: Any, processor: Any, rows: list[dict], seed: int) -> 
     asked = demo_rows.caption_rows(rows) + demo_rows.existence_rows(rows, seed)
     asked += demo_rows.reliance_rows(rows, seed)
     said = list(generate_answers(model, processor, asked, MAX_NEW_TOKENS, batch_size=32))
-    captions = demo_measure.captions(said)
-    pairs = dict(chair.pairs(captions, demo_rows.objects_of(rows), demo_measure.LEXICON))
-    placed = {r["id"]: r["objects"] for r in rows}
-    pairs["position_accuracy"] = chair.position_pairs(captions, placed, demo_measure.LEXICON)
-    found = {name: measured(columns, captions) for name, columns in pairs.items()}
-    polled = [a for a in said if a.get("strategy")]
-    for name in demo_measure.KEPT:
-        found[name] = measured(pope.pairs(polled)[name], polled)
+    found = caption_measures(said, rows) | pope_measures(said)
     masked = [a for a in said if a.get("condition")]
     plain = [a for a in masked if a["condition"] == "plain"]
     columns = visual_reliance.pairs(masked)["visual_reliance"]
     return found | {"visual_reliance": measured(columns, plain)}
+
+
+def caption_measures(said: list[dict], rows: list[dict], placed: bool = True) -> Measured:
+    """CHAIR's figures of the captions among some answers and, where `placed`, of their places."""
+    captions = demo_measure.captions(said)
+    pairs = dict(chair.pairs(captions, demo_rows.objects_of(rows), demo_measure.LEXICON))
+    if placed:
+        objects = {r["id"]: r["objects"] for r in rows}
+        pairs["position_accuracy"] = chair.position_pairs(captions, objects, demo_measure.LEXICON)
+    return {name: measured(columns, captions) for name, columns in pairs.items()}
+
+
+def pope_measures(said: list[dict]) -> Measured:
+    """POPE's figures of the existence questions among some answers."""
+    polled = [a for a in said if a.get("strategy")]
+    pairs = pope.pairs(polled)
+    return {name: measured(pairs[name], polled) for name in demo_measure.KEPT}
 
 
 def measured(columns: Any, rows: list[dict]) -> dict[str, list]:
@@ -122,12 +132,15 @@ def part(
     work: Path, name: str, adapter: str | None, split: str, rows: list, seed: int, measure: Measure
 ) -> Measured:
     """One model on one split, from `work` if it was measured before."""
-    file = work / f"{name}-{split}.json"
+    return kept_part(work / f"{name}-{split}.json", lambda: measure(*load_arm(adapter), rows, seed))
+
+
+def kept_part(file: Path, make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON; from a file if it was made before."""
     if not file.exists():
-        model, processor = load_arm(adapter)
-        found = measure(model, processor, rows, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".aside")
-        aside.write_text(json.dumps(found), "utf-8")
+        aside.write_text(json.dumps(make()), "utf-8")
         aside.replace(file)
     return json.loads(file.read_text("utf-8"))
 
@@ -147,9 +160,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@torch.no_grad()
 def run(args: argparse.Namespace, measure: Measure = answer_measures) -> None:
     """Measure all arms on all splits, and write what was found after each split."""
-    torch.set_grad_enabled(False)
     args.work.mkdir(parents=True, exist_ok=True)
     arms: dict[str, list[str | None]] = {"plain": [None]}
     arms |= {name: list(where.split(",")) for name, where in (a.split("=") for a in args.arm)}
