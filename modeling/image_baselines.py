@@ -17,6 +17,16 @@ BLUR_GRID = 8  # means on each side
 NOISE_STEP, NOISE_STEPS = 500, 1000  # as visual contrastive decoding (arXiv 2311.16922) has it
 
 
+def signal_kept(step: int) -> torch.Tensor:
+    """What a forward diffusion leaves of an image: the product of 1 - beta up to `step`, from 0.
+
+    Beta rises from 1e-5 to 5e-3 along a sigmoid over 1000 steps: VCD's schedule, which POVID (arXiv
+    2402.11411) shares. x_t = sqrt(kept) x + sqrt(1 - kept) noise. A scalar, float32.
+    """
+    betas = torch.linspace(-6, 6, NOISE_STEPS).sigmoid() * (5e-3 - 1e-5) + 1e-5
+    return (1 - betas).cumprod(0)[step]
+
+
 def baseline_image(image: np.ndarray, baseline: Baseline, seed: int = 0) -> np.ndarray:
     """The image without its content.
 
@@ -38,8 +48,7 @@ def baseline_image(image: np.ndarray, baseline: Baseline, seed: int = 0) -> np.n
         changed = interpolate(means, size=pixels.shape[2:], mode="bicubic")
     else:
         generator = torch.Generator().manual_seed(seed)
-        steps = torch.linspace(-6, 6, NOISE_STEPS).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
-        kept = float((1 - steps).cumprod(0)[NOISE_STEP])
+        kept = float(signal_kept(NOISE_STEP))
         noise = torch.randn(pixels.shape, generator=generator)
         noised = kept**0.5 * (pixels / 127.5 - 1) + (1 - kept) ** 0.5 * noise
         changed = (noised + 1) * 127.5

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from firsthand.modeling.contrastive import CONTRASTS
+from firsthand.modeling.image_baselines import NOISE_STEP, signal_kept
 from firsthand.processing.generation import Row, build_prompt
 from firsthand.processing.perturb import perturb
 
 BRANCHES = {"vcd": "noise", "vcd-blur": "blur", "icd": "instruction", "m3id": "none", "pai": "none"}
 METHODS = tuple(BRANCHES)
-NOISE_STEP = 500  # of 1000, VCD's
 DISTURBANCE = "You are a confused detector that mixes up what it sees. "
 
 
@@ -119,12 +119,8 @@ def _add_noise(inputs: Any, seed: int) -> None:
 
 
 def diffused(pixels: torch.Tensor, seed: int = 0, step: int = NOISE_STEP) -> torch.Tensor:
-    """Normalised pixels after `step` (1 to 1000) steps of VCD's forward diffusion; same shape.
-
-    The variance of step i is beta_i = sigmoid(x_i) (0.005 - 1e-5) + 1e-5, x from -6 to 6.
-    """
-    betas = torch.linspace(-6, 6, 1000).sigmoid() * (0.005 - 1e-5) + 1e-5
-    kept = (1 - betas).cumprod(0)[step - 1]
+    """Normalised pixels after `step` (1 to 1000) steps of VCD's forward diffusion; same shape."""
+    kept = signal_kept(step - 1)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(pixels.shape, generator=generator).to(pixels)
     return kept.sqrt() * pixels + (1 - kept).sqrt() * noise

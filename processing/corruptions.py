@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from firsthand.modeling.image_baselines import NOISE_STEP, signal_kept
 from firsthand.processing.perturb import CLIP_MEAN, perturb
 
 Corruption = Literal["crop", "diffusion", "mask", "other", "blank"]
@@ -27,7 +28,6 @@ CROP_AREA = (0.01, 0.2)  # share of the image that mDPO keeps
 CROP_RATIO = (3 / 4, 4 / 3)  # width by height of what is kept
 MASKED = 0.3  # share of the patches that OPA-DPO masks
 GRID = 24  # patches a side, those of CLIP ViT-L/14 at 336 pixels
-STEPS, STEP = 1000, 500  # of the diffusion, and where POVID stops
 
 
 def corrupt(
@@ -93,10 +93,9 @@ def _patches(size: tuple[int, int], draw: random.Random) -> np.ndarray:
 def diffuse(pixels: Tensor, seed: int = 0) -> Tensor:
     """Normalised pixels after 500 of 1000 steps of forward diffusion (POVID, arXiv 2402.11411).
 
-    x_t = sqrt(a) x + sqrt(1 - a) noise, a the product of 1 - beta over the steps, beta rising from
-    1e-5 to 5e-3 along a sigmoid (a = 0.745 at step 500). The
-    noise of a tile is drawn by `seed` and the tile's own values, so that it does not depend on what
-    else is in the batch. A tile of zeros is padding, and stays.
+    x_t = sqrt(a) x + sqrt(1 - a) noise with a = 0.745 (`signal_kept`). The noise of a tile is
+    drawn by `seed` and the tile's own values, so that it does not depend on what else is in the
+    batch. A tile of zeros is padding, and stays.
 
     Args:
         pixels: float [..., 3, H, W], what an image processor gives.
@@ -105,8 +104,7 @@ def diffuse(pixels: Tensor, seed: int = 0) -> Tensor:
     Returns:
         As `pixels`.
     """
-    beta = torch.sigmoid(torch.linspace(-6, 6, STEPS)) * (5e-3 - 1e-5) + 1e-5
-    kept = float(torch.cumprod(1 - beta, 0)[STEP])
+    kept = float(signal_kept(NOISE_STEP))
     tiles = pixels.flatten(end_dim=-4) if pixels.dim() > 3 else pixels[None]
     noised = [
         math.sqrt(kept) * tile + math.sqrt(1 - kept) * _noise(tile, seed) if tile.any() else tile
