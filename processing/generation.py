@@ -61,6 +61,22 @@ def prepare_inputs(processor: Any, rows: list[Row], device: Any = "cpu") -> Any:
     ).to(device)
 
 
+def special_tokens(processor: Any) -> list[str]:
+    """What a tokenizer reads as more than text, the image token among it."""
+    tokenizer = processor.tokenizer
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return sorted({*tokenizer.all_special_tokens, *added})
+
+
+def image_tokens(processor: Any, size: tuple[int, int]) -> int:
+    """Tokens that an image of a size (width, height) adds to a prompt with its placeholder."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}])
+    images = [[Image.new("RGB", size)]]
+    whole = processor(images=images, text=[text], add_special_tokens=False)["input_ids"][0]
+    return len(whole) - len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def one_view(processor: Any) -> Any:
     """The processor, showing each image once and whole: tiles of it are switched off."""
     settings = processor.image_processor.to_dict()

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from PIL import Image
-
 from firsthand.processing.answer_cache import AnswerCache
 from firsthand.processing.endpoint import Endpoint, Reply
 from firsthand.processing.messages import message
@@ -143,8 +141,7 @@ class Answerer:
         """A special token of the model's that a text spells out; None where there is none."""
         if self.endpoint is not None:
             return None
-        tokenizer = opened_model(self.model)[1].tokenizer
-        return next((t for t in tokenizer.all_special_tokens if t in text), None)
+        return next((token for token in _special_tokens(self.model) if token in text), None)
 
     def _there(self, requests: Sequence[Request]) -> list[Reply]:
         assert self.endpoint is not None
@@ -223,10 +220,13 @@ def opened_model(name: str | None) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=1024)
 def _image_tokens(model: str | None, size: tuple[int, int]) -> int:
-    """Tokens that an image of a size adds to those of the prompt's text."""
-    from firsthand.processing.generation import build_prompt, prepare_inputs
+    from firsthand.processing.generation import image_tokens
 
-    processor = opened_model(model)[1]
-    row = {"image": Image.new("RGB", size), "question": "a"}
-    whole = prepare_inputs(processor, [row])["input_ids"].shape[1]
-    return whole - len(processor.tokenizer(build_prompt(processor, "a")).input_ids)
+    return image_tokens(opened_model(model)[1], size)
+
+
+@lru_cache(maxsize=1)
+def _special_tokens(model: str | None) -> list[str]:
+    from firsthand.processing.generation import special_tokens
+
+    return special_tokens(opened_model(model)[1])

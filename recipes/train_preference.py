@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from PIL import Image
 from trl import DPOTrainer
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 
+from firsthand.processing.generation import image_tokens, special_tokens
 from firsthand.recipes.inputs import keep_skipped, load_model, load_rows, usable_rows
 from firsthand.recipes.train_merge import check_adapters, merge
 from firsthand.recipes.trainers.preference import SharedImageDPOConfig, SharedImageDPOTrainer
@@ -122,13 +122,6 @@ def _weight(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def special_tokens(processor: Any) -> list[str]:
-    """What a tokenizer reads as more than text, the image token among it."""
-    tokenizer = processor.tokenizer
-    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    return sorted({*tokenizer.all_special_tokens, *added})
-
-
 def tokens(row: Mapping[str, Any], processor: Any, sizes: dict[tuple[int, int], int]) -> int:
     """Tokens of prompt, images and the longer answer, as the trainer's collator makes them.
 
@@ -145,7 +138,7 @@ def tokens(row: Mapping[str, Any], processor: Any, sizes: dict[tuple[int, int], 
         example = apply_chat_template(example, processor)
     for image in row["images"]:
         if image.size not in sizes:
-            sizes[image.size] = _image_tokens(image.size, processor)
+            sizes[image.size] = image_tokens(processor, image.size)
     count = {name: _text_tokens(example[name], processor) for name in TURNS}
     shown = sum(sizes[image.size] for image in row["images"])
     return count["prompt"] + shown + max(count["chosen"], count["rejected"])
@@ -153,15 +146,6 @@ def tokens(row: Mapping[str, Any], processor: Any, sizes: dict[tuple[int, int], 
 
 def _text_tokens(text: str, processor: Any) -> int:
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _image_tokens(size: tuple[int, int], processor: Any) -> int:
-    """Tokens that an image of a size adds to a prompt which has its placeholder."""
-    content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}])
-    images = [[Image.new("RGB", size)]]
-    whole = processor(images=images, text=[text], add_special_tokens=False)["input_ids"][0]
-    return len(whole) - _text_tokens(text, processor)
 
 
 def text_of(turns: Any) -> str:
