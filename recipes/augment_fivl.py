@@ -29,8 +29,16 @@ import pyarrow as pa
 from firsthand.datasets_scripts.fivl import fivl
 from firsthand.processing import key_expressions, masks
 from firsthand.recipes import conversations
-from firsthand.recipes.inputs import stored_image
-from firsthand.recipes.stages import DROPPED, Dropped, Row, Step, keep_plan, run_stages
+from firsthand.recipes.inputs import asked_endpoint, stored_image
+from firsthand.recipes.stages import (
+    DROPPED,
+    Dropped,
+    Row,
+    Step,
+    keep_plan,
+    others_at_work,
+    run_stages,
+)
 
 EXPRESSIONS = ("noun-phrases", "endpoint")
 ANNOTATED, VISION_LOGITS = "annotated", "vision-logits"
@@ -335,9 +343,6 @@ def run_steps(
 
 def run(args: argparse.Namespace) -> int:
     """The verb: augment, and print what came out."""
-    asked = [args.endpoint, args.endpoint_model]
-    if any(asked) and not all(asked):
-        raise ValueError("--endpoint and --endpoint-model go together: give both")
     counts = augment(
         args.data,
         args.out,
@@ -345,7 +350,7 @@ def run(args: argparse.Namespace) -> int:
         segmenter=args.segmenter,
         options={"model": args.model, "detector": args.detector, "mask_model": args.mask_model},
         expressions=args.expressions,
-        endpoint=tuple(asked) if all(asked) else None,
+        endpoint=asked_endpoint(args),
         split=args.split,
         workers=args.workers,
     )
@@ -359,6 +364,8 @@ def report(out: Path, counts: Mapping[str, int]) -> None:
     Raises:
         ValueError: where no record was kept, with the reasons.
     """
+    if others_at_work(counts):
+        return
     if not counts["kept"]:
         why = ", ".join(f"{kind}: {n}" for kind, n in conversations.reasons(out).items())
         raise ValueError(

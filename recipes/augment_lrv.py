@@ -33,9 +33,17 @@ from firsthand.datasets_scripts.lrv import lrv
 from firsthand.processing import instructions
 from firsthand.processing.instructions import KINDS, MAX_WORDS, POSITIVE, Instruction
 from firsthand.recipes import conversations, dense_captions, instruction_rules
-from firsthand.recipes.inputs import stored_image
+from firsthand.recipes.inputs import asked_endpoint, stored_image
 from firsthand.recipes.instruction_checks import Named, clean
-from firsthand.recipes.stages import DROPPED, Dropped, Row, Step, keep_plan, run_stages
+from firsthand.recipes.stages import (
+    DROPPED,
+    Dropped,
+    Row,
+    Step,
+    keep_plan,
+    others_at_work,
+    run_stages,
+)
 
 GENERATORS = ("endpoint", "rules")
 ROW_GROUP = 1024  # instructions; the images of each are stored once
@@ -367,22 +375,18 @@ def _readable(source: Path) -> Iterator[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> int:
     """The verb: augment, and print what came out."""
-    asked = [args.endpoint, args.endpoint_model]
-    if any(asked) and not all(asked):
-        raise ValueError("--endpoint and --endpoint-model go together: give both")
     counts = augment(
         args.data,
         args.out,
         images=args.images,
         generator=args.generator,
-        endpoint=tuple(asked) if all(asked) else None,
+        endpoint=asked_endpoint(args),
         captions=args.captions,
         wanted=Wanted(args.positives, args.negatives, args.max_words, args.seed),
         split=args.split,
         workers=args.workers,
     )
-    if counts["left"]:
-        print(f"this process is done; {counts['left']} shards of other processes are not")
+    if others_at_work(counts):
         return 0
     if not counts["instructions"]:
         why = ", ".join(f"{name}: {n}" for name, n in counts.items())

@@ -27,8 +27,8 @@ from firsthand.datasets_scripts.sima import sima
 from firsthand.processing.endpoint import Reply
 from firsthand.recipes import conversations
 from firsthand.recipes.answering import Answerer, Request
-from firsthand.recipes.inputs import load_rows, stored_image
-from firsthand.recipes.stages import DROPPED, Row, Step, keep_plan, run_stages
+from firsthand.recipes.inputs import asked_endpoint, load_rows, stored_image
+from firsthand.recipes.stages import DROPPED, Row, Step, keep_plan, others_at_work, run_stages
 
 GREEDY = "greedy"
 RESPONSE = {"source": pa.string(), "text": pa.string(), "problem": pa.string()}
@@ -201,13 +201,10 @@ def spoken(answerer: Answerer) -> dict[str, Any]:
 
 def answerer_of(args: argparse.Namespace) -> Answerer:
     """Who is asked, from the command line. Raises ValueError for half an endpoint."""
-    asked = (args.endpoint, args.endpoint_model)
-    if any(asked) and not all(asked):
-        raise ValueError("--endpoint and --endpoint-model go together: give both")
     return Answerer(
         str(Path(args.out) / "state" / "answers"),
         model=args.model,
-        endpoint=asked if all(asked) else None,
+        endpoint=asked_endpoint(args),
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -227,8 +224,7 @@ def run(args: argparse.Namespace) -> int:
 
 def report(out: Path, counts: Mapping[str, int]) -> None:
     """Print the fate of the rows. Raises ValueError where none was kept, with the reasons."""
-    if counts.get("left"):
-        print(f"this process is done; {counts['left']} shards of other processes are not")
+    if others_at_work(counts):
         return
     why = ", ".join(f"{kind}: {n}" for kind, n in conversations.reasons(out).items())
     if not counts["kept"]:

@@ -5,6 +5,7 @@ image = open_image("photo.jpg"); model, processor = load_model("org/model")
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import io
 import json
@@ -108,6 +109,17 @@ def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
     aside = target.with_name(target.name + ".aside")
     aside.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
     aside.rename(target)
+
+
+def asked_endpoint(args: argparse.Namespace) -> tuple[str, str] | None:
+    """`--endpoint` and `--endpoint-model`; None where neither is given.
+
+    Raises ValueError for half of them.
+    """
+    asked = (args.endpoint, args.endpoint_model)
+    if any(asked) and not all(asked):
+        raise ValueError("--endpoint and --endpoint-model go together: give both")
+    return asked if all(asked) else None
 
 
 def usable_rows(

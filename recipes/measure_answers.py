@@ -24,7 +24,7 @@ from typing import Any
 from firsthand.recipes import conversations
 from firsthand.recipes.answering import Answerer, Request
 from firsthand.recipes.augment_responses import spoken
-from firsthand.recipes.inputs import stored_image, write_rows
+from firsthand.recipes.inputs import asked_endpoint, stored_image, write_rows
 from firsthand.recipes.stages import keep_plan
 
 WINDOW = 256  # rows whose image files are held at a time
@@ -137,13 +137,10 @@ def _said(row: Row, reply: Any) -> Row:
 
 def answerer_of(args: argparse.Namespace) -> Answerer:
     """Who is asked, greedily, from the command line. Raises ValueError for half an endpoint."""
-    asked = (args.endpoint, args.endpoint_model)
-    if any(asked) and not all(asked):
-        raise ValueError("--endpoint and --endpoint-model go together: give both")
     return Answerer(
         args.cache or f"{args.out}.answers",
         model=args.model,
-        endpoint=asked if all(asked) else None,
+        endpoint=asked_endpoint(args),
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
     )

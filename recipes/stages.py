@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -182,6 +182,13 @@ def run_stages(
     counts = {"kept": _count(out / "data"), "dropped": _count(out / "dropped")}
     left = len(shards) - len(list((out / "state" / "completions").glob("*")))
     return counts | ({"left": left} if left else {})
+
+
+def others_at_work(counts: Mapping[str, int]) -> bool:
+    """Whether other processes have shards to do yet, which is then said; nothing is final."""
+    if counts.get("left"):
+        print(f"this process is done; {counts['left']} shards of other processes are not")
+    return bool(counts.get("left"))
 
 
 def _share(shards: int) -> tuple[int, int]:
