@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from firsthand.metrics import pope
+from firsthand.metrics import gavie, pope
+from firsthand.metrics.gavie import rules
 from firsthand.processing.generation import generate_answers
 from firsthand.recipes import demo_rows, study
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS
+from firsthand.recipes.measure_gavie import SCENE_WORDS, scene_objects
 from firsthand.recipes.study import Measured, measured
 
 PRESUMING = ("Where is the {}?", "What color is the {}?")  # as the demo model was asked, too
@@ -60,9 +62,11 @@ def measure(said: list[Row], rows: list[Row]) -> Measured:
     `accuracy_existing` and `accuracy_absent` are of yes-or-no questions about objects that are
     there and that are not; `denied_absent` and `denied_existing` the shares of questions that take
     such an object for granted whose answer says no or not: high is right in the first, low in the
-    second.
+    second. `gavie_rule_...` are marks of all answers, captions too, where they claim something that
+    the scene decides.
     """
     found = study.caption_measures(said, rows) | study.pope_measures(said)
+    found |= rule_marks(said, rows)
     polled = [row for row in said if row.get("strategy")]
     for what, answer in (("existing", "yes"), ("absent", "no")):
         asked = [row for row in polled if row["answer"] == answer]
@@ -71,6 +75,17 @@ def measure(said: list[Row], rows: list[Row]) -> Measured:
         columns = [(denies(row["prediction"]), 1) for row in presumed]
         found[f"denied_{what}"] = measured(columns, presumed)
     return found
+
+
+def rule_marks(said: list[Row], rows: list[Row]) -> Measured:
+    """GAVIE's relevance and accuracy, 0 to 10, by rule from the scenes' annotations."""
+    rated = rules.rate(said, scene_objects(rows), SCENE_WORDS)
+    image_of = {row["id"]: row for row in rated}
+    ids = gavie.pair_ids(rated)
+    return {
+        name: measured(columns, [image_of[one] for one in ids[name]])
+        for name, columns in gavie.pairs(rated).items()
+    }
 
 
 def answered(model: Any, processor: Any, rows: list[Row], seed: int) -> Measured:
