@@ -8,8 +8,8 @@ models.
     python recipes/evaluate_steering.py --split test --split test_unseen --split test_prior \
         --count 200 --choose_on 100 --work steering-work --out docs/results/steering.csv
 
-A finished part is kept in the folder `--work`; the same call goes on after a stop. `--arm` (several
-times) measures only these.
+A finished part is kept in the folder `--work`; the same call goes on after a stop, and calls
+of different `--arm`s may share the folder. CHAIR_i is drawn beside the CSV.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from firsthand.modeling.steering_weights import (
 from firsthand.processing.answered import forced
 from firsthand.processing.contrast_inputs import contrast_settings
 from firsthand.processing.generation import generate_answers, prepare_inputs
+from firsthand.processing.overlays import bars
 from firsthand.processing.steering_pairs import ValsePairs
 from firsthand.recipes import demo_data, demo_measure, demo_model, demo_rows
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS, write_csv
@@ -294,6 +295,17 @@ def chosen_strengths(study: Study, arms: list[str], rows: list[Row]) -> tuple[di
     return chosen, found
 
 
+def picture(found: list[Row]) -> str | None:
+    """CHAIR_i of every arm on the test splits as SVG; None where no arm names an object."""
+    groups: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for row in found:
+        on_test = row["split"] != "validation" and " - " not in row["arm"]
+        if row["metric"] == "chair_i" and on_test and math.isfinite(row["value"]):
+            ends = (row["value"], row["low"], row["high"])
+            groups.setdefault(row["arm"], {})[row["split"]] = ends
+    return bars(groups, title="CHAIR_i, lower is better") if groups else None
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Measure steering and contrastive decoding.")
@@ -306,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fit_on", type=int, default=20, help="further validation scenes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("steering-work"))
-    parser.add_argument("--out", type=Path, required=True, help="CSV; JSON goes beside it")
+    parser.add_argument("--out", type=Path, required=True, help="CSV; JSON, SVG go beside it")
     args = parser.parse_args(argv)
     validation = demo_data.load_scenes("validation", args.choose_on + args.fit_on)
     same_settings(args.work, choose_on=args.choose_on, fit_on=args.fit_on, seed=args.seed)
@@ -332,6 +344,8 @@ def main(argv: list[str] | None = None) -> None:
                 )
         write_csv(args.out, found)
         results.write_results(args.out.with_suffix(".json"), found)
+        if drawn := picture(found):
+            args.out.with_suffix(".svg").write_text(drawn, "utf-8")
     print(results.table([row for row in found if "strength" not in row["arm"]]))
     print("strengths:", ", ".join(f"{arm} {strength:g}" for arm, strength in chosen.items()))
 

@@ -55,6 +55,19 @@ def test_every_arm_is_measured_and_a_second_call_measures_nothing(tiny, tmp_path
         study.main([*CALL, "--seed", "1", "--out", str(tmp_path / "steering.csv")])
 
 
+def test_the_picture_has_a_bar_for_each_split_where_objects_are_named():
+    def row(arm, split, value, metric="chair_i"):
+        return {"arm": arm, "split": split, "metric": metric, "value": value, "low": 0, "high": 1}
+
+    found = [row("plain", "test", 0.25), row("plain", "test_prior", 0.5)]
+    found += [row("vcd", "test", float("nan")), row("vcd", "test_prior", 0.75)]
+    found += [row("vcd - plain", "test", -0.1), row("pai", "validation", 0.125)]
+    drawn = study.picture([*found, row("plain", "test", 0.9, "recall")])
+    values = [text for text in ("0.25", "0.50", "0.75", "0.90", "0.12") if f">{text}<" in drawn]
+    assert values == ["0.25", "0.50", "0.75"] and ">vcd</text>" in drawn
+    assert study.picture(found[2:3]) is None
+
+
 def test_the_divergence_is_that_of_the_next_tokens(tiny, tmp_path):
     model, processor = tiny
     one = Study(model, processor, tmp_path, study.demo_data.load_scenes("validation", 2))
