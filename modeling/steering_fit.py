@@ -234,7 +234,10 @@ class _Kept:
                 f"{folder} holds the differences of another fit ({file.read_text()}, not "
                 f"{settings}). Use another folder, or delete it."
             )
-        file.write_text(settings)
+        if not file.exists():
+            aside = file.with_suffix(".aside")
+            aside.write_text(settings)
+            os.replace(aside, file)
 
     def _file(self, number: int, size: int) -> Path:
         assert self.folder is not None

@@ -10,9 +10,11 @@ firsthand steer cut --rank 4 --out edited-model
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,18 @@ def _work(args: argparse.Namespace) -> Path:
     return Path(args.work or f"{args.out}-work")
 
 
+IRRELEVANT = ("out", "work", "gate", "rank")  # options that no difference depends on
+
+
+def _kept(args: argparse.Namespace, rows: Sequence[Any], name: str) -> Path:
+    """The folder of finished batches: one for each choice of model, rows and settings."""
+    chosen = {key: value for key, value in vars(args).items() if key not in IRRELEVANT}
+    text = Path(args.pairs).read_bytes() if args.pairs else b""
+    about = [chosen, len(rows), sha256(text).hexdigest()]
+    key = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    return _work(args) / f"{name}-{key[:16]}"
+
+
 def fit(args: argparse.Namespace) -> int:
     """Fit a vector and save it as a steering repo."""
     if args.method == "vista" and not args.image:
@@ -209,7 +223,7 @@ def _fit_on(
     from firsthand.modeling import fit_steering
 
     size = 1 if args.method == "valse" else args.batch_size
-    folder = _work(args) / f"{args.method}{name}"
+    folder = _kept(args, pairs, f"{args.method}{name}")
     return fit_steering(
         model, processor, pairs, args.method, layers, size, folder=folder, seed=args.seed
     )
@@ -241,7 +255,7 @@ def _fit_vti(args: argparse.Namespace, model: Any, processor: Any, layers: Any) 
         rows = _rows(args, "captions" if args.side == "both" else "images")
         vision = fit_vti_vision(
             model, processor, _Images(rows), args.mask_ratio, args.trials, args.seed,
-            folder=_work(args) / "vti-vision",
+            folder=_kept(args, rows, "vti-vision"),
         )  # fmt: skip
     if args.side == "vision":
         return vision
@@ -351,8 +365,9 @@ def cut(args: argparse.Namespace) -> int:
     model, processor = load_model(args.model)
     layers = layers_of(args.layers) or upper_half(model)
     differences = contrast_differences(
-        model, processor, pairs, layers, "layer", "all", args.batch_size, folder=_work(args)
-    )
+        model, processor, pairs, layers, "layer", "all", args.batch_size,
+        folder=_kept(args, pairs, "cut"),
+    )  # fmt: skip
     basis = hallucinated_directions(differences, layers, args.rank)
     cut_directions(model, basis).save_pretrained(args.out)
     processor.save_pretrained(args.out)

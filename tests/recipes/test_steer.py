@@ -68,6 +68,27 @@ def test_layers_and_count_are_chosen(checkpoint, pairs, tmp_path):
     assert steer.layers_of("0,3") == [0, 3]
 
 
+@pytest.mark.parametrize("sided", [("mean",), ("vti", "--side", "both", "--trials", "1")])
+def test_other_pairs_are_measured_anew_and_the_same_ones_are_not(
+    sided, checkpoint, pairs, tmp_path, monkeypatch
+):
+    """Kept batches of another seed, count or file are not taken for these."""
+    asked, out = ("--method", *sided, "--pairs", pairs), tmp_path / "v"
+    found = [fitted(checkpoint, out, *asked, "--count", "2", "--seed", seed) for seed in (0, 1)]
+    apart = fitted(checkpoint, tmp_path / "w", *asked, "--count", "2", "--seed", 1)
+    assert not torch.equal(found[0].directions[1], found[1].directions[1])
+    assert torch.equal(found[1].directions[1], apart.directions[1])
+    for layer, direction in apart.vision.items():
+        assert torch.equal(found[1].vision[layer], direction)
+    monkeypatch.setattr("firsthand.modeling.steering_fit._encode", None)  # nothing is left to do
+    again = fitted(checkpoint, out, *asked, "--count", "2", "--seed", 1)
+    assert torch.equal(again.directions[1], apart.directions[1])
+    rows = pairs.read_text().splitlines()
+    pairs.write_text("\n".join([rows[1], rows[0], *rows[2:]]))
+    with pytest.raises(TypeError):  # other pairs are to be measured
+        run("fit", "--model", checkpoint, "--out", out, *asked, "--count", "2", "--seed", 1)
+
+
 def test_valse_asks_the_model_itself(checkpoint, pairs, tmp_path):
     rows = [{"image": f"{i}.png", "question": "What?"} for i in range(2)]
     rows.append({"image": "2.png", "question": "What?", "answer": "a dog."})
