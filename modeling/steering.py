@@ -97,19 +97,31 @@ class SteeringVector:
         return len(next(iter(self.directions.values()), ()))
 
     def __add__(self, other: Self) -> Self:
-        if [_sizes(self.directions), _sizes(self.vision)] != [
-            _sizes(other.directions), _sizes(other.vision)
-        ]:  # fmt: skip
+        sizes = [(_sizes(one.directions), _sizes(one.vision)) for one in (self, other)]
+        if sizes[0] != sizes[1]:
             raise ValueError(
                 f"Cannot add a vector of layers {other.layers} (D {other.hidden_size}) to one of "
                 f"layers {self.layers} (D {self.hidden_size}). Fit both on one model and layers, "
                 "or put vectors of different layers together with a | b."
             )
+        self._check_alike(other)
         return replace(
             self,
             directions={i: d + other.directions[i] for i, d in self.directions.items()},
             vision={i: d + other.vision[i] for i, d in self.vision.items()},
         )
+
+    def _check_alike(self, other: Self) -> None:
+        """Raise ValueError unless one strength and one mode can hold for both vectors."""
+        alike = ["mode", "strength"]
+        if self.directions and other.directions:
+            alike.append("gate")
+        mine, others = ({name: getattr(one, name) for name in alike} for one in (self, other))
+        if mine != others:
+            raise ValueError(
+                f"Cannot put vectors with {mine} and {others} together. Make these alike with "
+                "dataclasses.replace, or attach both vectors."
+            )
 
     def __mul__(self, factor: float) -> Self:
         return replace(
@@ -121,17 +133,18 @@ class SteeringVector:
     def __or__(self, other: Self) -> Self:
         """Both vectors as one, where they steer different layers (a text and a vision side)."""
         shared = {*self.directions} & {*other.directions} or {*self.vision} & {*other.vision}
-        if shared or self.mode != other.mode:
+        if shared:
             raise ValueError(
-                f"Cannot put vectors together that share layers {sorted(shared)} or differ in mode "
-                f"({self.mode!r}, {other.mode!r}). Add them with a + b, or attach both."
+                f"Cannot put vectors together that share layers {sorted(shared)}. Add them with "
+                "a + b, or attach both."
             )
+        self._check_alike(other)
         return replace(
             self,
             directions=self.directions | other.directions,
             vision=self.vision | other.vision,
             method=" | ".join(dict.fromkeys((self.method, other.method))),
-            gate=self.gate if self.gate is not None else other.gate,
+            gate=self.gate if self.directions else other.gate,
         )
 
     __rmul__ = __mul__

@@ -309,5 +309,10 @@ def test_malformed_vectors_are_refused(tmp_path):
         SteeringVector({0: torch.ones(2)}, mode="rotate")
     with pytest.raises(ValueError, match="Cannot add"):
         _vector(layers=[0]) + _vector(layers=[1])
+    for other in ({"mode": "turn"}, {"strength": 0.5}, {"gate": 0.3}):  # one of them would be lost
+        with pytest.raises(ValueError, match="alike"):
+            _vector() - _vector(**other)
+        with pytest.raises(ValueError, match="alike"):
+            _vector(layers=[0]) | _vector(layers=[1], **other)
     with pytest.raises(FileNotFoundError, match="holds no steering_config.json"):
         SteeringVector.from_pretrained(tmp_path)
