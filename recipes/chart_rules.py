@@ -36,9 +36,14 @@ def columns_of(table: list[dict[str, Any]]) -> tuple[str, list[str]]:
 
 
 def chart_instructions(record: Mapping[str, Any], rng: random.Random) -> list[Instruction]:
-    """All instructions that templates make of a chart's `table`; none without numbers."""
+    """All instructions that templates make of a chart's `table`.
+
+    None without numbers, or where two rows have one label: which of them is meant cannot be said.
+    """
     label, measured = columns_of(record["table"])
     rows = {str(row[label]): row for row in record["table"]}
+    if len(rows) < len(record["table"]):
+        return []
     made = []
     for column in measured:
         values = {name: row[column] for name, row in rows.items()}

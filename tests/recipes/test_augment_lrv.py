@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from firsthand.datasets_scripts.scenes import scenes
 from firsthand.processing.instructions import KINDS
 from firsthand.recipes import cli
 from firsthand.recipes.augment_lrv import Wanted, augment
+from firsthand.recipes.chart_rules import chart_instructions
 from firsthand.recipes.demo_data import load_scenes
 from firsthand.recipes.inputs import stored_image
 from firsthand.recipes.train_instruction import load_instructions
@@ -373,6 +375,13 @@ def test_a_chart_is_asked_about_its_table(tmp_path):
             if row["task"] == "knowledge":
                 said = re.fullmatch(false, row["answer"])
                 assert float(said[3]) == values[said[2]][said[1]] != float(said[4])
+
+
+def test_a_table_with_two_rows_of_one_label_makes_no_instruction():
+    """ "The sales of Peru" would be either."""
+    table = [{"country": name, "sales": n} for name, n in (("Peru", 7), ("Peru", 3), ("Chad", 5))]
+    assert chart_instructions({"table": table}, random.Random(0)) == []
+    assert chart_instructions({"table": table[1:]}, random.Random(0))
 
 
 def test_a_model_is_told_a_charts_table(server, tmp_path):
