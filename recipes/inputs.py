@@ -90,14 +90,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def load_rows(data: str, split: str) -> Any:
     """A data set: Parquet on disk (a file, or a folder's files), or the split of one of the Hub.
 
-    Of a folder with `data` in it only that is read, not what was dropped and lies beside it.
+    Of a folder with `data` in it only that is read, not what was dropped and lies beside it; and of
+    several configs in `data` that called `all`, which holds the rows of the others.
     """
     from datasets import load_dataset
 
     path = Path(data)
     if not path.exists():
         return load_dataset(data, split=split)
-    folder = path / "data" if (path / "data").is_dir() else path
+    places = (path / "data" / "all", path / "data", path)
+    folder = next((place for place in places if place.is_dir()), path)
     files = [str(p) for p in sorted(folder.rglob("*.parquet"))] if path.is_dir() else [data]
     return load_dataset("parquet", data_files=files, split="train")
 

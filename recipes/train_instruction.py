@@ -103,8 +103,8 @@ def problem(row: Mapping[str, Any]) -> str | None:
     for name in ("question", "answer"):
         if not str(row[name] or "").strip():
             return f"the {name} is empty"
-    if row["polarity"] not in POLARITIES:
-        return f"polarity is {row['polarity']!r}; it must be one of {', '.join(POLARITIES)}"
+    if row["polarity"] not in (*POLARITIES, ""):
+        return f"polarity is {row['polarity']!r}; it must be one of {', '.join(POLARITIES)}, or ''"
     if row["image"] is None:
         return "it has no image"
     row["image"].load()
@@ -139,7 +139,7 @@ def chosen(
     smaller number of one polarity is a part of every larger one, so that ratios compare.
 
     Args:
-        polarities: of all rows.
+        polarities: of all rows; "" is not known (LRV's charts), and such a row in no share.
         negatives: share, 0 to 1; None takes rows as they come.
         count: how many rows; None takes as many as the share allows.
         seed: of the draw.

@@ -224,6 +224,24 @@ def test_bad_rows_are_listed_before_training(saved, tmp_path, monkeypatch):
     assert found[6].startswith("the row cannot be read")
 
 
+def test_rows_of_no_known_polarity_are_trained_on_without_a_share():
+    """As those of LRV's charts."""
+    polarities = ["positive", "", "negative", ""]
+    assert recipe.problem({**rows(1)[0], "polarity": ""}) is None
+    assert chosen(polarities, None, None, 0) == [0, 1, 2, 3]
+    assert chosen(polarities, 0.5, None, 0) == [0, 2]
+
+
+def test_of_a_built_folder_the_config_with_all_rows_is_read(tmp_path):
+    for name, count in (("all", 6), ("1-1", 4)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Dataset.from_list(rows(count), features=FEATURES).to_parquet(
+            tmp_path / "data" / name / "00000.parquet"
+        )
+    assert len(recipe.load_instructions(str(tmp_path), "train")) == 6
+    assert len(recipe.load_instructions(str(tmp_path / "data" / "1-1"), "train")) == 4
+
+
 def test_other_rows_are_refused(tmp_path):
     Dataset.from_list([{"image_id": "1", "question": "x"}]).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(ValueError, match="no column answer, image, polarity"):
