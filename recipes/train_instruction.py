@@ -12,7 +12,6 @@ evaluation.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from firsthand.processing.collator import AnswerCollator
 from firsthand.processing.generation import one_view
 from firsthand.recipes.inputs import keep_skipped, load_model, load_rows, usable_rows
-from firsthand.recipes.train_vision_modeling import parse_options
+from firsthand.recipes.launching import checkpoint_of, launch, parse_options
 from firsthand.recipes.trainers.vision_modeling import (
     Train,
     language_linear,
@@ -231,17 +230,14 @@ def run(recipe: RecipeArguments, settings: InstructionConfig) -> Trainer:
         Subset(rows, used),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_of(settings))
     trainer.save_model()
     return trainer
 
 
 def main() -> None:
     """Entry of `accelerate launch -m firsthand.recipes.train_instruction`."""
-    try:
-        run(*parse(sys.argv[1:]))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    launch(run, parse)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,9 @@ trains a new one on pairs of that model's answers. After a stop: `--resume_from_
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trl import DPOTrainer
@@ -26,6 +23,7 @@ from trl.data_utils import apply_chat_template, is_conversational, prepare_multi
 
 from firsthand.processing.generation import image_tokens, special_tokens
 from firsthand.recipes.inputs import keep_skipped, load_model, load_rows, usable_rows
+from firsthand.recipes.launching import checkpoint_of, launch, parse_options
 from firsthand.recipes.train_merge import check_adapters, merge
 from firsthand.recipes.trainers.preference import SharedImageDPOConfig, SharedImageDPOTrainer
 from firsthand.recipes.trainers.vision_modeling import (
@@ -66,8 +64,6 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, SharedImageDPOConf
     Raises:
         ValueError: naming the keys of the file that are no options.
     """
-    from firsthand.recipes.train_vision_modeling import parse_options
-
     return parse_options([RecipeArguments, SharedImageDPOConfig], arguments)
 
 
@@ -176,27 +172,6 @@ def load_pairs(data: str | None, split: str) -> Any:
     return rows
 
 
-def checkpoint_of(settings: SharedImageDPOConfig) -> str | None:
-    """Where training goes on: the folder that is named; for `true` the last that is whole, if any.
-
-    A checkpoint's state is written last, so that one which a stop cut short has none.
-    """
-    wanted = settings.resume_from_checkpoint
-    if wanted is None or wanted.lower() != "true":
-        return wanted
-    found = Path(str(settings.output_dir)).glob("checkpoint-*/trainer_state.json")
-    whole = [path.parent for path in found if _is_json(path)]
-    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return False
-    return True
-
-
 def check_stock(settings: SharedImageDPOConfig, rows: Any) -> None:
     """Raises ValueError where something is asked for that TRL's own trainer does not have."""
     asked = {
@@ -252,10 +227,7 @@ def run(recipe: RecipeArguments, settings: SharedImageDPOConfig) -> DPOTrainer:
 
 def main() -> None:
     """Entry of `accelerate launch -m firsthand.recipes.train_preference`."""
-    try:
-        run(*parse(sys.argv[1:]))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    launch(run, parse)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ evaluation (measure with `firsthand measure`) or an augmenter (expressions and m
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from firsthand.processing.collator import Conflict, Noun, VisionLabelCollator
 from firsthand.processing.generation import one_view
 from firsthand.processing.masks import Frame
 from firsthand.recipes.inputs import keep_skipped, load_model, load_rows, usable_rows
+from firsthand.recipes.launching import checkpoint_of, launch, parse_options
 from firsthand.recipes.trainers.vision_modeling import (
     Train,
     VisionModelingConfig,
@@ -66,23 +66,6 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, VisionModelingConf
         ValueError: naming the keys of the file that are no options.
     """
     return parse_options([RecipeArguments, VisionModelingConfig], arguments)
-
-
-def parse_options(kinds: list[type], arguments: Sequence[str]) -> Any:
-    """`parse` for the option classes of any recipe; the first of them has `config`."""
-    from transformers import HfArgumentParser
-
-    parser: Any = HfArgumentParser(kinds)  # type: ignore[arg-type]
-    file = parser.parse_known_args(arguments)[0].config
-    if file is not None:
-        import yaml
-
-        values = yaml.safe_load(Path(file).read_text("utf-8")) or {}
-        unknown = sorted(set(values) - {action.dest for action in parser._actions})
-        if unknown:
-            raise ValueError(f"{file} holds unknown options: {', '.join(unknown)}")
-        parser.set_defaults(**values)
-    return parser.parse_args_into_dataclasses(args=list(arguments), look_for_args_file=False)
 
 
 def scene_to_sample(row: Mapping[str, Any], asked: int = 0) -> dict[str, Any]:
@@ -205,17 +188,14 @@ def run(recipe: RecipeArguments, settings: VisionModelingConfig) -> VisionModeli
     trainer = VisionModelingTrainer(
         model, settings, collator, Subset(samples, kept), processing_class=processor
     )
-    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_of(settings))
     trainer.save_model()
     return trainer
 
 
 def main() -> None:
     """Entry of `accelerate launch -m firsthand.recipes.train_vision_modeling`."""
-    try:
-        run(*parse(sys.argv[1:]))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    launch(run, parse)
 
 
 if __name__ == "__main__":

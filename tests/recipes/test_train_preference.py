@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from firsthand.recipes import cli, train_preference
 from firsthand.recipes.inputs import read_rows, usable_rows
+from firsthand.recipes.launching import checkpoint_of
 
 ROOT = Path(train_preference.__file__).parent
 CONFIG = ROOT / "configs" / "preference.yaml"
@@ -93,25 +94,16 @@ def test_training_that_was_killed_goes_on_to_the_same_weights(saved, parquet, tm
     recipe, training = settings(
         saved, parquet, tmp_path / "b", *options, "--resume_from_checkpoint", "true"
     )
-    found = train_preference.checkpoint_of(training)
+    found = checkpoint_of(training)
     assert 2 <= int(found.rsplit("-")[-1]) < whole.state.global_step == 60
     (tmp_path / "b" / "checkpoint-99").mkdir()  # cut short
     (tmp_path / "b" / "checkpoint-98").mkdir()
     (tmp_path / "b" / "checkpoint-98" / "trainer_state.json").write_text('{"best')
-    assert train_preference.checkpoint_of(training) == found
+    assert checkpoint_of(training) == found
     again = train_preference.run(recipe, training)
     assert again.state.global_step == 60
     one, other = (dict(t.model.named_parameters()) for t in (whole, again))
     assert all(torch.allclose(one[n], other[n], atol=1e-6) for n in one)
-
-
-def test_going_on_from_nothing_is_a_start(saved, parquet, tmp_path):
-    def goes_on(wanted):
-        chosen = settings(saved, parquet, tmp_path, "--resume_from_checkpoint", wanted)
-        return train_preference.checkpoint_of(chosen[1])
-
-    assert goes_on("true") is None and goes_on("there/checkpoint-2") == "there/checkpoint-2"
-    assert train_preference.checkpoint_of(settings(saved, parquet, tmp_path)[1]) is None
 
 
 def test_a_merged_model_is_the_trained_one(saved, parquet, tmp_path):
