@@ -32,9 +32,9 @@ def baseline_image(image: np.ndarray, baseline: Baseline, seed: int = 0) -> np.n
 
     Args:
         image: uint8 [H, W, 3].
-        baseline: "blank" (its mean colour everywhere), "blur" (the means of 8 x 8 fields, faded
-            into one another) or "noise" (500 of 1000 steps of a diffusion process, on pixels from
-            -1 to 1, cut to their range).
+        baseline: "blank" (its mean colour everywhere, in whole numbers, rounded down), "blur" (the
+            means of 8 x 8 fields, faded into one another) or "noise" (500 of 1000 steps of a
+            diffusion process, on pixels from -1 to 1, cut to their range).
         seed: of the noise.
 
     Returns:
@@ -42,7 +42,7 @@ def baseline_image(image: np.ndarray, baseline: Baseline, seed: int = 0) -> np.n
     """
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
     if baseline == "blank":
-        changed = pixels.mean((2, 3), keepdim=True).expand_as(pixels)
+        changed = pixels.double().mean((2, 3), keepdim=True).floor().expand_as(pixels)
     elif baseline == "blur":
         means = interpolate(pixels, size=(BLUR_GRID, BLUR_GRID), mode="area")
         changed = interpolate(means, size=pixels.shape[2:], mode="bicubic")

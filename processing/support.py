@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from firsthand.modeling.families import unwrap
+from firsthand.modeling.image_baselines import baseline_image
 from firsthand.processing.answered import forced
 
 
 def blank(image: Image.Image) -> Image.Image:
     """An image of the same size in its mean colour."""
-    red, green, blue = np.array(image.convert("RGB")).reshape(-1, 3).mean(0).astype(int).tolist()
-    return Image.new("RGB", image.size, (red, green, blue))
+    return Image.fromarray(baseline_image(np.array(image.convert("RGB")), "blank"))
 
 
 @torch.inference_mode()
