@@ -55,6 +55,9 @@ def _apply(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
     apply.add_argument("--vector", required=True, help="folder or Hub id of a steering vector")
     apply.add_argument("--strength", type=float, help="signed; the vector's own if absent")
     apply.add_argument("--gate", type=float, help="instead of the vector's own")
+    apply.add_argument(
+        "--early", type=float, default=0.0, help="share of early layers' logits; VISTA takes 0.3"
+    )
     _asked(apply)
     return apply
 

@@ -315,6 +315,7 @@ def _answer(args: argparse.Namespace, model: Any, processor: Any, **settings: An
 def apply(args: argparse.Namespace) -> int:
     """Print the plain and the steered answer."""
     from firsthand.modeling import SteeringVector, attach_steering
+    from firsthand.modeling.early_logits import early_logits
 
     open_image(args.image)
     vector = SteeringVector.from_pretrained(args.vector)
@@ -322,7 +323,7 @@ def apply(args: argparse.Namespace) -> int:
         vector = replace(vector, gate=args.gate)
     model, processor = load_model(args.model)
     print(f"plain:   {_answer(args, model, processor)}")
-    with attach_steering(model, vector, args.strength) as steering:
+    with attach_steering(model, vector, args.strength) as steering, early_logits(model, args.early):
         answer = _answer(args, model, processor)
         print(f"steered: {answer}  (strength {steering.strength:g})")
     return 0

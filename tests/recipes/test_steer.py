@@ -115,6 +115,9 @@ def test_vista_is_fitted_on_one_prompt_and_applied(checkpoint, photo, tmp_path, 
     asked = ("--model", checkpoint, "--image", photo, "--max-new-tokens", 4)
     assert run("apply", "--vector", tmp_path / "v", "--strength", "-0.1", *asked) == 0
     assert "(strength -0.1)" in capsys.readouterr().out
+    assert run("apply", "--vector", tmp_path / "v", "--early", "0.3", *asked) == 0
+    assert run("apply", "--vector", tmp_path / "v", "--early", "3", *asked) == 2
+    assert "share is 3.0" in capsys.readouterr().err
     assert run("fit", "--method", "vista", "--out", tmp_path / "w") == 2
     assert "fits one prompt" in capsys.readouterr().err
 
