@@ -110,7 +110,9 @@ def _mementos_options(parser: argparse.ArgumentParser) -> None:
 def _judge_options(parser: argparse.ArgumentParser) -> None:
     judge = parser.add_argument_group("judge, of mmhal, gqa and gavie")
     judge.add_argument("--endpoint", help="the judge's URL; its key is read from OPENAI_API_KEY")
-    judge.add_argument("--judge-model", help="the name that the endpoint knows the judge by")
+    judge.add_argument(
+        "--judge-model", help="its name there; without --endpoint a model of this process"
+    )
     judge.add_argument("--cache", help="folder of answered requests; beside --out if absent")
     judge.add_argument("--concurrency", type=int, default=8, help="requests under way at once")
     judge.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer")

@@ -1,4 +1,4 @@
-"""A judge out of an endpoint: lists of chat messages in, a reply each out.
+"""A judge out of an endpoint, or of a model of this process: chat messages in, a reply each out.
 
 What it is: what metrics take as `judge`, since they know no server (`mmhal.rate(rows, judge)`).
 What it is not: a client; `processing/endpoint.py` retries, caches and counts.
@@ -14,15 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 from firsthand.processing.endpoint import Endpoint, Message
+from firsthand.processing.local_model import LocalModel
 
 
 def judge_of(
-    endpoint: Endpoint,
+    endpoint: Endpoint | LocalModel,
     parse: Callable[[str], Any] | None = None,
     failures: list[str] | None = None,
     **settings: Any,
 ) -> Callable[[list[list[Message]]], list[str | None]]:
-    """A function that asks the endpoint all requests at once and returns its replies, in order.
+    """A function that asks all requests at once and returns the replies, in order.
 
     A request that fails for good is None; so is a reply that `parse` refused at every try.
 

@@ -27,6 +27,7 @@ import numpy as np
 from firsthand.metrics import amber, chair, gavie, mementos, mmhal, pope, results, visual_reliance
 from firsthand.metrics.gavie import gqa
 from firsthand.processing.endpoint import Endpoint
+from firsthand.processing.local_model import LocalModel
 from firsthand.recipes.inputs import read_rows, write_rows
 from firsthand.recipes.judge import judge_of
 
@@ -212,8 +213,8 @@ def _judged(metric: ModuleType, args: argparse.Namespace) -> Scorer:
             print(f"requests: {endpoint.report()}")
         unread = [row["unparsed"] for row in rated if "unparsed" in row]
         if unread and all(row.get("error") or row.get("unparsed") for row in rated):
-            why = (failures or unread)[0]
-            raise ValueError(f"{args.endpoint} rated none of {len(unread)} answers: {why}")
+            why, who = (failures or unread)[0], args.endpoint or args.judge_model
+            raise ValueError(f"{who} rated none of {len(unread)} answers: {why}")
         options = {"skip_bad": args.skip_bad}
         scores = metric.score(rated, **options)
         scores.pop("skipped", None)
@@ -223,15 +224,18 @@ def _judged(metric: ModuleType, args: argparse.Namespace) -> Scorer:
     return score
 
 
-def endpoint_of(args: argparse.Namespace) -> Endpoint | None:
-    """The judge's endpoint, its key from the environment; None where none was named."""
+def endpoint_of(args: argparse.Namespace) -> Endpoint | LocalModel | None:
+    """The judge: behind an endpoint (its key from the environment), or in this process.
+
+    None where none was named.
+    """
+    beside = Path(args.out).parent / "requests" if args.out else None
     if not args.endpoint:
-        return None
+        return LocalModel(args.judge_model, args.cache or beside) if args.judge_model else None
     if not args.judge_model:
         raise ValueError("--endpoint needs --judge-model, the name of the judge there")
     if args.concurrency < 1 or args.timeout <= 0:
         raise ValueError("--concurrency must be 1 at least, and --timeout over 0")
-    beside = Path(args.out).parent / "requests" if args.out else None
     key = os.environ.get("OPENAI_API_KEY")
     return Endpoint(
         args.endpoint,
@@ -245,14 +249,15 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint | None:
 
 
 def _judge(
-    endpoint: Endpoint | None, metric: ModuleType, failures: list[str]
+    endpoint: Endpoint | LocalModel | None, metric: ModuleType, failures: list[str]
 ) -> Callable[[list[Any]], Any]:
     if endpoint is not None:
         return judge_of(endpoint, metric.parse, failures, **metric.SETTINGS)
 
     def absent(requests: list[Any]) -> Any:
         raise ValueError(
-            f"{len(requests)} answers have no rating: name a judge by --endpoint and --judge-model"
+            f"{len(requests)} answers have no rating: name a judge by --endpoint and --judge-model "
+            "(or a model for this process by --judge-model alone)"
         )
 
     return absent

@@ -23,7 +23,6 @@ from typing import Any
 from firsthand.datasets_scripts.scenes import scenes
 from firsthand.metrics import gavie, results
 from firsthand.metrics.gavie import rules
-from firsthand.processing.endpoint import Endpoint
 from firsthand.recipes import measure
 from firsthand.recipes.demo_data import SCENES, load_scenes
 from firsthand.recipes.inputs import write_rows
@@ -119,7 +118,7 @@ class Judging:
     """The judge of --endpoint, asked --samples times; why requests failed is kept."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.endpoint: Endpoint | None = measure.endpoint_of(args)
+        self.endpoint = measure.endpoint_of(args)
         if args.samples < 1:
             raise ValueError(f"--samples {args.samples}: ask at least once")
         self.samples = args.samples
@@ -156,7 +155,8 @@ class Judging:
 
 def _no_judge(requests: list[Any]) -> Any:
     raise ValueError(
-        f"{len(requests)} answers have no marks: name a judge by --endpoint and --judge-model, or "
+        f"{len(requests)} answers have no marks: name a judge by --endpoint and --judge-model (or "
+        "a model for this process by --judge-model alone), or "
         "mark answers about the demo's scenes by rule: --regions scenes --offline"
     )
 
@@ -181,10 +181,10 @@ def scorer(args: argparse.Namespace) -> Scorer:
 
 
 def _offline(args: argparse.Namespace) -> Scorer:
-    if args.regions != "scenes" or args.endpoint or args.samples != 1:
+    if args.regions != "scenes" or args.judge_model or args.samples != 1:
         raise ValueError(
             "--offline marks by rule, from the demo's annotations, and always alike: give it "
-            "--regions scenes, and no --endpoint or --samples"
+            "--regions scenes, and no --judge-model or --samples"
         )
     objects = scene_objects(committed_scenes())
 
@@ -215,7 +215,7 @@ def _about(args: argparse.Namespace, mode: str, rated: list[Row]) -> dict[str, A
     )
     told = f"{judge}, {args.samples} samples at temperature {heat}"
     shown = {str(row["image_id"]): row["regions"] for row in rated if "regions" in row}
-    about = {"variant": told if args.endpoint else "marks as given"} | measure.answered_by(args)
+    about = {"variant": told if args.judge_model else "marks as given"} | measure.answered_by(args)
     return about | ({"truth_hash": _digest(shown)} if shown else {})
 
 
@@ -230,7 +230,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("--others goes with --mode joint")
         return measure.run(args)
     if not args.others or args.offline:
-        raise ValueError("--mode joint needs --others FILE..., and a judge behind --endpoint")
+        raise ValueError("--mode joint needs --others FILE..., and a judge by --judge-model")
     arms = _arms(args)
     judging = Judging(args)
     known = read_regions(args.regions) if args.regions else {}

@@ -129,6 +129,17 @@ def test_what_cannot_be_read_is_counted_and_the_key_is_nowhere(folder, capsys, j
         assert KEY not in text
 
 
+def test_a_model_of_this_process_judges_without_an_endpoint(folder, capsys, monkeypatch):
+    said = '{"relevance_reason": "a", "relevance": 9, "accuracy_reason": "b", "accuracy": 3}'
+    monkeypatch.setattr("firsthand.processing.local_model.LocalModel._say", lambda *_: said)
+    save("rows.jsonl", answers("A cat.", "A dog."))
+    words = ("gavie", "--predictions", "rows.jsonl", "--regions", "regions.json")
+    found = measured(*words, "--judge-model", "org/judge", "--samples", "2")
+    assert found["gavie_accuracy"]["value"] == 3 and found["gavie_accuracy_spread"]["value"] == 0
+    assert "judge org/judge, prompt" in found["gavie_accuracy"]["protocol"]["variant"]
+    assert "'answered': 4" in capsys.readouterr().out
+
+
 def test_joint_mode_marks_all_files_in_one_prompt(folder, capsys, judge):
     save("rows.jsonl", answers("A red car.", "A cat."))
     save("other.jsonl", answers("A dog.", "A dog and a cat."))
