@@ -118,7 +118,7 @@ class ReadImage(Step):
 
 
 class WriteInstructions(Step):
-    """Adds instructions by rule, from the annotations alone."""
+    """Adds instructions by rule, from the annotations alone; an image without any is dropped."""
 
     def __init__(self, wanted: Wanted, vocabulary: Mapping[str, int]) -> None:
         super().__init__()
@@ -130,6 +130,8 @@ class WriteInstructions(Step):
             row["known"], row["size"], self.vocabulary, wanted.positives, wanted.negatives,
             wanted.seed,
         )  # fmt: skip
+        if not made:
+            raise Dropped("no instruction: the rules find nothing to ask in its annotations")
         return cleaned(row, made, [], wanted.max_words)
 
 

@@ -352,12 +352,14 @@ def test_a_chart_is_asked_about_its_table(tmp_path):
     columns = {"columns": ["country", "sales", "growth"], "rows": SALES}
     write(tmp_path / "charts" / "again.json", columns)
     write(tmp_path / "charts" / "bad.json", [{"a": 1}])
-    for name in ("sales", "again", "bad"):
+    write(tmp_path / "charts" / "twice.json", [{"c": "Peru", "n": 7}, {"c": "Peru", "n": 3}])
+    for name in ("sales", "again", "bad", "twice"):
         Image.new("RGB", (40, 30)).save(tmp_path / "images" / f"{name}.png")
     counts = augment(
         str(tmp_path / "charts"), tmp_path / "out", str(tmp_path / "images"), wanted=Wanted(50, 50)
     )
     assert counts["dropped image: invalid table"] == 1
+    assert counts["dropped image: no instruction"] == 1
     made = {(r["image_id"], r["question"]): r for r in rows_of(tmp_path / "out")}
     values = {c: {"sales": sales, "growth": growth} for c, sales, growth in SALES}
     false = r"The (\w+) of (\w+) is ([\d.]+), not ([\d.]+)\."
