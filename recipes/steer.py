@@ -201,8 +201,17 @@ def _kept(args: argparse.Namespace, rows: Sequence[Any], name: str) -> Path:
     return _work(args) / f"{name}-{key[:16]}"
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before a model is loaded."""
+    if args.count is not None and args.count < 1:
+        raise ValueError(f"--count is {args.count}; it must be at least 1")
+    if args.pairs and not Path(args.pairs).is_file():
+        raise FileNotFoundError(f"{args.pairs}: no such file of rows")
+
+
 def fit(args: argparse.Namespace) -> int:
     """Fit a vector and save it as a steering repo."""
+    _check(args)
     if args.method == "vista" and not args.image:
         raise ValueError("--method vista fits one prompt: give it with --image and --question")
     layers = layers_of(args.layers)
@@ -362,9 +371,10 @@ def cut(args: argparse.Namespace) -> int:
         upper_half,
     )
 
-    pairs = _rows(args, "captions")
+    _check(args)
+    chosen, pairs = layers_of(args.layers), _rows(args, "captions")
     model, processor = load_model(args.model)
-    layers = layers_of(args.layers) or upper_half(model)
+    layers = chosen or upper_half(model)
     differences = contrast_differences(
         model, processor, pairs, layers, "layer", "all", args.batch_size,
         folder=_kept(args, pairs, "cut"),

@@ -178,6 +178,18 @@ def test_scenes_make_conflicts_of_both_kinds():
     ]
 
 
-def test_bad_layers_are_refused(checkpoint, tmp_path, capsys):
-    assert run("fit", "--model", checkpoint, "--layers", "few", "--out", tmp_path / "v") == 2
-    assert "write a range 4-11" in capsys.readouterr().err
+@pytest.mark.parametrize("action", ["fit", "cut"])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--layers", "few"), "write a range 4-11"),
+        (("--count", "0"), "--count is 0; it must be at least 1"),
+        (("--pairs", "gone.jsonl"), "gone.jsonl: no such file of rows"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(
+    action, words, told, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(steer, "load_model", None)
+    assert run(action, *words, "--out", tmp_path / "v") == 2
+    assert told in capsys.readouterr().err
