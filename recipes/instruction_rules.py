@@ -28,6 +28,7 @@ COLORS = (
     *("brown", "black", "white", "gray"),
 )
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
+FEW_PLACES = 4  # two by two: a box of more is all over the image
 LARGER = 2.0  # a box of this many times another's area is larger
 ABSENT = 12  # absent nouns that are tried an image
 MASS = ("broccoli", "corn", "bread")
@@ -37,19 +38,24 @@ Vocabulary = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Thing:
-    """An object of an image; what is not known is empty. `area` in pixels."""
+    """An object of an image; what is not known is empty. `area` in pixels.
+
+    `touched` are places that its box reaches into, besides `position`, the place of its middle.
+    """
 
     noun: str
     color: str = ""
     position: str = ""
     kind: str = ""
     area: float = 0.0
+    touched: frozenset[str] = frozenset()
 
 
 def thing_of(region: Record, size: tuple[int, int] | None) -> Thing | None:
     """The object of a region: what it says, or its caption's first noun, colour and box.
 
-    `size` is the image's (width, height). None where the caption names no object.
+    `size` is the image's (width, height). None where the caption names no object. A box that
+    reaches into more than FEW_PLACES is nowhere in particular.
     """
     caption = region["caption"]
     noun = region.get("noun") or _first_noun(caption)
@@ -57,10 +63,12 @@ def thing_of(region: Record, size: tuple[int, int] | None) -> Thing | None:
         return None
     color = region.get("color", "" if "noun" in region else _color(caption, noun))
     left, top, width, height = region["bbox"]
-    position = region.get("position", "")
+    position, touched = region.get("position", ""), frozenset[str]()
     if not position and size is not None:
-        position = position_of((left + width / 2) / size[0], (top + height / 2) / size[1])
-    return Thing(noun.lower(), color, position, region.get("kind", ""), width * height)
+        touched = touched_places(region["bbox"], size)
+        if len(touched) <= FEW_PLACES:
+            position = position_of((left + width / 2) / size[0], (top + height / 2) / size[1])
+    return Thing(noun.lower(), color, position, region.get("kind", ""), width * height, touched)
 
 
 def _first_noun(caption: str) -> str | None:
@@ -79,6 +87,18 @@ def position_of(x: float, y: float) -> str:
     """`top left`, `center`, ...: where a point (shares of width and height) lies, in thirds."""
     row, column = (names[min(max(int(3 * at), 0), 2)] for names, at in ((ROWS, y), (COLUMNS, x)))
     return f"{row} {column}".strip() or "center"
+
+
+def touched_places(box: Sequence[float], size: tuple[int, int]) -> frozenset[str]:
+    """The places that a box [x, y, width, height] reaches into; `size` is (width, height)."""
+    left, top, width, height = box
+    across, down = _thirds(left, width, size[0]), _thirds(top, height, size[1])
+    return frozenset(f"{ROWS[y]} {COLUMNS[x]}".strip() or "center" for y in down for x in across)
+
+
+def _thirds(start: float, length: float, side: int) -> range:
+    first, last = (min(max(int(3 * at / side), 0), 2) for at in (start, start + length))
+    return range(first, last + 1)
 
 
 def count_nouns(records: Iterable[Record]) -> Counter[str]:
@@ -250,7 +270,7 @@ def _of_all(things: list[Thing], times: Counter[str], has_caption: bool) -> list
         said = f"There {'is' if number == 1 else 'are'} {scenes.NUMBERS[number]}."
         made.append(positive("object counting", scenes.COUNTING_QUESTION, said))
     for thing in things:
-        here = [other for other in things if other.position == thing.position]
+        here = [t for t in things if thing.position in (t.position, *t.touched)]
         if thing.position and len(here) == 1:
             asked = f"What is {placed(thing.position)} of the image?"
             said = f"{with_article(thing.noun)} {be(thing.noun)} there.".capitalize()
@@ -287,7 +307,8 @@ def _wrong_attributes(thing: Thing, rng: random.Random) -> list[Instruction]:
         asked[f"Why {verb} the {noun} {wrong}?"] = f"{right.capitalize()}, not {wrong}."
         asked[f"Describe the {wrong} {noun}."] = f"{right.capitalize()}, not {wrong}."
     if thing.position:
-        places = [place for place in scenes.POSITIONS if place != thing.position]
+        known = {thing.position, *thing.touched}
+        places = [place for place in scenes.POSITIONS if place not in known]
         wrong, right = rng.choice(places), f"the {noun} {verb} {placed(thing.position)}"
         asked[f"{verb.capitalize()} the {noun} {placed(wrong)}?"] = f"No, {right}."
         told = f"Tell me about the {noun} {placed(wrong)} of the image."

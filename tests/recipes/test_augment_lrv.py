@@ -20,7 +20,7 @@ from PIL import Image
 
 from firsthand.datasets_scripts.scenes import scenes
 from firsthand.processing.instructions import KINDS
-from firsthand.recipes import cli
+from firsthand.recipes import cli, instruction_rules
 from firsthand.recipes.augment_lrv import Wanted, augment
 from firsthand.recipes.chart_rules import chart_instructions
 from firsthand.recipes.demo_data import load_scenes
@@ -297,6 +297,20 @@ def claims(question, answer):
     there = there or re.match(rf"{THING} (?:is|are) there", text)
     place = re.search(rf"in the ({'|'.join(scenes.POSITIONS)}) of", question)
     return [(there[1], place[1] if place else "there")] if there else []
+
+
+def test_a_place_is_told_of_what_has_one_and_never_denied_of_what_reaches_there():
+    wall = {"caption": "a white wall", "bbox": [0, 0, 90, 60]}
+    sign = {"caption": "a red sign", "bbox": [5, 5, 40, 10]}  # top left, and beyond
+    record = {"image_id": "1", "regions": [wall, sign], "captions": [], "table": [], "title": ""}
+    for seed in range(20):
+        made = instruction_rules.generate(record, (90, 60), {}, 50, 50, seed)
+        said = {one["question"]: one["answer"] for one in made}
+        assert not any("wall" in q and " in the " in a for q, a in said.items() if "Where" in q)
+        assert said["Where is the sign?"] == "The sign is in the top left."
+        assert "Is the sign in the top left?" not in said
+    assert instruction_rules.touched_places(sign["bbox"], (90, 60)) == {"top left", "top"}
+    assert len(instruction_rules.touched_places(wall["bbox"], (90, 60))) == 9
 
 
 def test_a_seed_draws_other_instructions_and_only_it(images, tmp_path):
