@@ -26,13 +26,13 @@ def query_relevancy(
     Returns:
         float32 [Q, n], >= 0, finite: a query without relevancy of its own counts as itself.
     """
-    image = torch.eye(len(vision[0]))
+    image = torch.zeros(len(vision[0]), len(vision[0]))
     for bar in vision:
-        image = image + bar @ image
+        image = image + bar + bar @ image
     tokens = len(layers[0][0])
-    own, seen, queries = torch.eye(tokens), torch.zeros(tokens, len(image)), tokens
+    own, seen, queries = torch.zeros(tokens, tokens), torch.zeros(tokens, len(image)), tokens
     for own_bar, *cross in layers:
-        own, seen = own + own_bar @ own, seen + own_bar @ seen
+        own, seen = own + own_bar + own_bar @ own, seen + own_bar @ seen
         for bar in cross:
             queries = len(bar)
             new = _normalised(own)[:queries].T @ (bar @ _normalised(image))
@@ -40,9 +40,10 @@ def query_relevancy(
     return seen[:queries]
 
 
-def _normalised(relevancy: torch.Tensor) -> torch.Tensor:
-    """Rows of what was added to the identity scaled to sum to 1 (zero rows stay zero), plus it."""
-    identity = torch.eye(len(relevancy))
-    added = relevancy - identity
+def _normalised(added: torch.Tensor) -> torch.Tensor:
+    """Rows of what was added to the identity scaled to sum to 1 (zero rows stay zero), plus it.
+
+    The identity is left out until here: of 1 + 1e-7, float32 would keep a digit of what was added.
+    """
     total = added.sum(1, keepdim=True)
-    return added / torch.where(total > 0, total, 1) + identity
+    return added / torch.where(total > 0, total, 1) + torch.eye(len(added))

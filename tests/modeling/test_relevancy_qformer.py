@@ -18,6 +18,12 @@ def test_one_layer_by_hand():
     torch.testing.assert_close(found, own.T @ CROSS @ image)
 
 
+def test_relevancies_count_by_their_shares_however_small_they_are():
+    """Real gradients are far below what float32 can add to 1."""
+    small = query_relevancy([VISION * 1e-10, VISION / 4e10], [[OWN * 1e-10, CROSS]])
+    torch.testing.assert_close(small, query_relevancy([VISION * 1.25], [[OWN, CROSS]]))
+
+
 def test_rows_without_relevancy_stay_finite():
     zeros = query_relevancy([torch.zeros(3, 3)], [[torch.zeros(2, 2), CROSS]])
     torch.testing.assert_close(zeros, CROSS)
