@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from .configuration_mplug_owl import MPlugOwlConfig
 
@@ -38,6 +40,7 @@ class AbstractorLayer(nn.Module):
 
     def __init__(self, config: MPlugOwlConfig, width: int):
         super().__init__()
+        self.config = config
         self.heads, self.dropout = config.abstractor_heads, config.abstractor_dropout
         self.norm1, self.norm2, self.normk = (nn.LayerNorm(width) for _ in range(3))
         self.query, self.key, self.value, self.out_proj = (
@@ -53,13 +56,21 @@ class AbstractorLayer(nn.Module):
         queries = self.norm1(queries)
         read = torch.cat([queries, self.normk(encoded)], dim=1)
         compared = read if positions is None else read + positions
-        attended = scaled_dot_product_attention(
-            self._heads(self.query(compared[:, : queries.shape[1]])),
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        query = self._heads(self.query(compared[:, : queries.shape[1]]))
+        attended, _ = attend(
+            self,
+            query,
             self._heads(self.key(compared)),
             self._heads(self.value(read)),
-            dropout_p=self.dropout if self.training else 0.0,
+            None,
+            scaling=query.shape[-1] ** -0.5,
+            dropout=self.dropout if self.training else 0.0,
+            is_causal=False,
         )
-        queries = queries + self.out_proj(attended.transpose(1, 2).flatten(2))
+        queries = queries + self.out_proj(attended.flatten(2))
         return queries + self.mlp(self.norm2(queries))
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
