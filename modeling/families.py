@@ -43,6 +43,7 @@ class Family:
         mixes: whether image tokens mix the outputs of several layers of the vision encoder; then
             relevancy is not carried through it.
         qformer: path of the list of layers of a Q-Former, whose queries are then the image tokens.
+        abstractor: the same of a visual abstractor; behind its queries may stand one for their end.
         pack: where one image is shown as a base view and tiles: what packs their features, views x
             patches x D, image sizes and a newline's feature into features of the image's tokens.
         answer_type: what `token_type_ids` say of an answer's tokens. 1 where 0 means a prompt that
@@ -60,17 +61,25 @@ class Family:
     order: Callable[[PreTrainedConfig, Grid], torch.Tensor] | None = None
     mixes: Callable[[PreTrainedConfig], bool] = lambda config: False
     qformer: str | None = None
+    abstractor: str | None = None
     pack: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     answer_type: int = 0
     image_token: str = "image_token_id"
 
+    @property
+    def queries(self) -> str | None:
+        """Path of the layers whose queries are the image tokens, if they are queries."""
+        return self.qformer or self.abstractor
+
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A vision encoder: path of its layers, and tokens that stand before the patches (CLS)."""
+    """A vision encoder: path of its layers, tokens before its patches (CLS), and whether its layers
+    attend; convolutions do not, so no relevancy is carried through them."""
 
     layers: str
     prefix_tokens: int
+    attends: bool = True
 
 
 def _one_patch(config: PreTrainedConfig) -> int:
@@ -101,6 +110,11 @@ def _scale_factor(config: PreTrainedConfig) -> int:
 def _pooled(config: PreTrainedConfig) -> int:
     """Gemma 3: the mean of a square of patches is one token."""
     return patch_grid(config)[0] // math.isqrt(config.mm_tokens_per_image)
+
+
+def _total_pool(config: PreTrainedConfig) -> int:
+    """ConvNeXt: each stage but the first halves the map."""
+    return 2 ** (config.vision_config.num_stages - 1)
 
 
 def _thw_grids(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[Grid]:
@@ -212,11 +226,14 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": _idefics3("smolvlm"),
     "blip-2": _blip("blip-2"),
     "instructblip": _blip("instructblip"),
+    "conv_llava": _llava("conv_llava", _total_pool),
+    "mplug_owl": _llava("mplug_owl", _one_patch, abstractor="multi_modal_projector.layers"),
+    "mplug_owl2": _llava("mplug_owl2", _one_patch, abstractor="multi_modal_projector.layers"),
 }
 
-Q_FORMER = (
-    "its image tokens are the queries of a Q-Former, which look at the whole image: none has a "
-    "place in it, so there is nothing to label, and no grid to draw"
+QUERIES = (
+    "its image tokens are the queries of a Q-Former or an abstractor, which look at the whole "
+    "image: none has a place in it, so there is nothing to label, and no grid to draw"
 )
 TILES = (
     "it shows one image as a base view and as tiles of it, with newline tokens between, so its "
@@ -240,6 +257,7 @@ VISION_TOWERS: dict[str, VisionTower] = {
     "instructblip_vision_model": VisionTower("encoder.layers", prefix_tokens=1),
     "idefics3_vision": VisionTower("encoder.layers", prefix_tokens=0),
     "smolvlm_vision": VisionTower("encoder.layers", prefix_tokens=0),
+    "convnext": VisionTower("encoder.stages", prefix_tokens=0, attends=False),
 }
 
 STEERED_MODULES: dict[str, str] = {
@@ -344,12 +362,12 @@ def steered_modules(model: nn.Module) -> list[nn.Module]:
 def vision_layers(model: nn.Module) -> nn.ModuleList:
     """The layers of the vision encoder, first to last (also those whose output is not used)."""
     tower = unwrap(model).base_model.get_submodule(family_of(model).vision_tower)
-    return cast(nn.ModuleList, tower.get_submodule(_vision_row(_config(model)).layers))
+    return cast(nn.ModuleList, tower.get_submodule(vision_row(_config(model)).layers))
 
 
-def qformer_layers(model: nn.Module) -> nn.ModuleList:
-    """The layers of the Q-Former, first to last; empty where there is none."""
-    path = family_of(model).qformer
+def query_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of the Q-Former or abstractor, first to last; empty where there is none."""
+    path = family_of(model).queries
     if path is None:
         return nn.ModuleList()
     return cast(nn.ModuleList, unwrap(model).base_model.get_submodule(path))
@@ -357,7 +375,7 @@ def qformer_layers(model: nn.Module) -> nn.ModuleList:
 
 def vision_prefix_tokens(config: PreTrainedConfig) -> int:
     """Tokens that the vision encoder puts before its patches (1 for a CLS token, else 0)."""
-    return _vision_row(config).prefix_tokens
+    return vision_row(config).prefix_tokens
 
 
 def image_token_id(config: PreTrainedConfig) -> int:
@@ -392,7 +410,7 @@ def image_grid(config: PreTrainedConfig) -> Grid:
         ValueError: when the image decides about the grid (ask `image_grids`), or the tokens do not
             lie on one (a CLS token is among them, or the patches cannot be merged evenly).
     """
-    family, vision = family_of(config), _vision_row(config)
+    family, vision = family_of(config), vision_row(config)
     _check_places(family)
     if family.grids is not None:
         raise ValueError(
@@ -465,13 +483,14 @@ def image_grids(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[Gri
 
 
 def _check_places(family: Family) -> None:
-    if family.qformer is not None:
-        raise ValueError(f"{family.model_type!r} has no grid of image tokens: {Q_FORMER}.")
+    if family.queries is not None:
+        raise ValueError(f"{family.model_type!r} has no grid of image tokens: {QUERIES}.")
     if family.pack is not None:
         raise ValueError(f"{family.model_type!r} has no grid of image tokens: {TILES}.")
 
 
-def _vision_row(config: PreTrainedConfig) -> VisionTower:
+def vision_row(config: PreTrainedConfig) -> VisionTower:
+    """The table row of the vision encoder of a model with this config."""
     return _row(VISION_TOWERS, config.vision_config.model_type, "vision encoder", "VISION_TOWERS")
 
 

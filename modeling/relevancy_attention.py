@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from .families import decoder_layers, qformer_layers, vision_layers
+from .families import decoder_layers, query_layers, vision_layers
 
 Backend = Literal["streaming", "eager"]
 NAME = "firsthand_relevancy"
@@ -56,7 +56,7 @@ class Call(NamedTuple):
 class Recorder:
     """The relevancy rows of one explained token, moved down layer by layer during its backward.
 
-    Below a Q-Former no row can be moved (relevancy_qformer.py): there the averaged maps are kept.
+    Below queries (relevancy_qformer.py, relevancy_abstractor.py) it keeps averaged maps instead.
 
     Args:
         model: the model (not a wrapper), to know whose attention is called.
@@ -75,7 +75,7 @@ class Recorder:
         per_layer: bool = False,
     ):
         towers = {"text": decoder_layers(model), "vision": vision_layers(model)}
-        towers["qformer"] = qformer_layers(model)
+        towers["qformer"] = query_layers(model)
         self.keeps = len(towers["qformer"]) > 0
         self.tower_of = {m: tower for tower, layers in towers.items() for m in layers.modules()}
         self.layer_of = {m: i for i, layer in enumerate(towers["text"]) for m in layer.modules()}

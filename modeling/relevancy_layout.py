@@ -27,7 +27,7 @@ class Layout:
     """The N tokens of one image.
 
     Attributes:
-        grid: (R, C) of the map over the image; a Q-Former's queries stand in one row.
+        grid: (R, C) of the map over the image; queries stand in one row.
         base: the grid of the base view, whose tokens come first, before the R x C tokens of the
             tiles with a newline behind every row; None where there is one view.
         places: int64 [N] the place of each token's patch in the vision encoder, all views behind
@@ -43,10 +43,11 @@ class Layout:
     def over_image(self, tokens: torch.Tensor) -> torch.Tensor:
         """Values of the tokens, [..., N], on the map, [..., R, C].
 
-        A token of the base view is shared out by area; newlines lie nowhere.
+        A token of the base view is shared out by area; newlines, and the end of queries, lie
+        nowhere.
         """
         if self.base is None:
-            return tokens.unflatten(-1, self.grid)
+            return tokens[..., : self.grid[0] * self.grid[1]].unflatten(-1, self.grid)
         (rows, columns), first = self.grid, self.base[0] * self.base[1]
         fine = tokens[..., first:].unflatten(-1, (rows, columns + 1))[..., :-1]
         coarse = tokens[..., :first].unflatten(-1, self.base)
@@ -67,7 +68,7 @@ def layout_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Layout:
         ValueError: when the image tokens are not those of one image, or cannot be told apart.
     """
     config, family = model.config, family_of(model)
-    if family.qformer is not None:
+    if family.queries is not None:
         return Layout((1, config.num_query_tokens))
     if family.pack is not None:
         return _views(model, inputs)

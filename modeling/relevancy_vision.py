@@ -1,7 +1,7 @@
 """From the relevancy of image tokens to that of the image's patches: the way through the encoder.
 
-It knows how a family lays tokens on patches and what stands between them (a merger, a Q-Former);
-the rule itself is in relevancy_attention.py and relevancy_qformer.py.
+It knows how a family lays tokens on patches and what stands between them (a merger, queries);
+the rules are in relevancy_attention.py, relevancy_qformer.py and relevancy_abstractor.py.
 
     spread = patch_spread(config, image, layout); recorder = Recorder(model, spread, backend)
     with entering_queries(model) as queries: ...
@@ -21,10 +21,12 @@ from .families import (
     family_of,
     patch_grid,
     patch_order,
-    qformer_layers,
+    query_layers,
     vision_layers,
     vision_prefix_tokens,
+    vision_row,
 )
+from .relevancy_abstractor import abstractor_relevancy
 from .relevancy_attention import Recorder
 from .relevancy_layout import Layout
 from .relevancy_qformer import query_relevancy
@@ -42,10 +44,10 @@ def patch_spread(
 
     Returns:
         `spread_over_patches` or `spread_over_views` of this image; None where image tokens have no
-        patches of their own (queries of a Q-Former) or mix outputs of several layers.
+        patches of their own (queries), mix outputs of several layers, or come from convolutions.
     """
     family = family_of(config)
-    if family.qformer is not None or family.mixes(config):
+    if family.queries is not None or family.mixes(config) or not vision_row(config).attends:
         return None
     if layout.places is not None:
         return partial(spread_over_views, image=image, places=layout.places, encoded=layout.encoded)
@@ -103,9 +105,9 @@ def spread_over_views(
 
 @contextmanager
 def entering_queries(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """What enters a Q-Former, as a tensor that needs gradients: the image decides nothing of it.
+    """The queries that enter, as a tensor that needs gradients: the image decides nothing of them.
 
-    Without, autograd would leave out the first layer's attention. Empty where there is no Q-Former.
+    Without, autograd would leave out the first layer's attention. Empty where there are no queries.
     """
     entered: list[torch.Tensor] = []
 
@@ -113,7 +115,7 @@ def entering_queries(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
         entered.append(args[0].detach().requires_grad_())
         return entered[0], *args[1:]
 
-    handles = [layer.register_forward_pre_hook(enter) for layer in qformer_layers(model)[:1]]
+    handles = [layer.register_forward_pre_hook(enter) for layer in query_layers(model)[:1]]
     try:
         yield entered
     finally:
@@ -138,8 +140,7 @@ def patch_relevancy(
     config = model.config
     shape, order = _patches(config, layout.grid)
     if recorder.keeps:
-        vision, layers = recorder.kept(vision_layers(model)), recorder.kept(qformer_layers(model))
-        row = image @ query_relevancy([bar for (bar,) in vision], layers)
+        row = _below_queries(model, recorder, layout.over_image(image)[0])
     elif recorder.spread is not None:
         row = recorder.rows["vision"][-1].cpu()
     else:
@@ -151,10 +152,19 @@ def patch_relevancy(
     return torch.empty_like(row).index_copy_(0, order, row).view(shape)
 
 
+def _below_queries(model: PreTrainedModel, recorder: Recorder, image: torch.Tensor) -> torch.Tensor:
+    """Relevancy of the queries, [Q], as that of the vision encoder's tokens, [n]."""
+    vision = [bar for (bar,) in recorder.kept(vision_layers(model))]
+    layers = recorder.kept(query_layers(model))
+    if family_of(model).abstractor is not None:
+        return abstractor_relevancy(image, vision, [bar for (bar,) in layers])
+    return image @ query_relevancy(vision, layers)
+
+
 def _patches(config: PreTrainedConfig, grid: Grid) -> tuple[Grid, torch.Tensor]:
     """The grid of the patches behind a grid of image tokens, and their order in the encoder."""
     family = family_of(config)
-    if family.qformer is not None:
+    if family.queries is not None:
         grid = patch_grid(config)
     merge = family.merge(config)
     return (grid[0] * merge, grid[1] * merge), patch_order(config, grid)

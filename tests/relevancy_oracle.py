@@ -47,7 +47,9 @@ def eager_maps(model: nn.Module) -> Iterator[Maps]:
             source.eager_attention_forward = original
 
 
-def full_matrix(logit: torch.Tensor, maps: Maps, tower: tuple[str, ...]) -> list[torch.Tensor]:
+def full_matrix(
+    logit: torch.Tensor, maps: Maps, tower: tuple[str, ...], dtype: torch.dtype = torch.float
+) -> list[torch.Tensor]:
     """R [n, n] after each layer of one tower, A_bar = mean over heads of clamp(A * dlogit/dA, 0).
 
     Maps of several calls (windows) or images (views) are blocks on the diagonal.
@@ -64,8 +66,8 @@ def full_matrix(logit: torch.Tensor, maps: Maps, tower: tuple[str, ...]) -> list
             for a, g in zip(kept, grads, strict=True)
             for bar in (a * g).clamp(min=0).mean(1)  # [B, n, n]: of each view
         ]
-        layer = torch.block_diag(*bars)
-        total = totals[-1] if totals else torch.eye(len(layer))
+        layer = torch.block_diag(*bars).to(dtype)
+        total = totals[-1] if totals else torch.eye(len(layer), dtype=dtype)
         totals.append((total + layer @ total).detach())
     return totals
 
@@ -137,33 +139,50 @@ def averaged(logit: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
     """A_bar of a module that was called once."""
     (weights,) = kept
     (grad,) = torch.autograd.grad(logit, [weights], retain_graph=True)
-    return (weights * grad)[0].clamp(min=0).mean(0).detach()
+    return (weights * grad)[0].clamp(min=0).mean(0).detach().double()
 
 
 def normalised(relevancy: torch.Tensor) -> torch.Tensor:
     """Equations 8 and 9, row by row; a row to which nothing was added stays the identity's."""
-    result = torch.eye(len(relevancy))
-    for i, row in enumerate(relevancy - torch.eye(len(relevancy))):
+    result = torch.eye(len(relevancy), dtype=torch.double)
+    for i, row in enumerate(relevancy - result):
         if row.sum() > 0:
             result[i] += row / row.sum()
     return result
 
 
 def queried(logit: torch.Tensor, maps: Maps, tokens: torch.Tensor) -> torch.Tensor:
-    """Queries' relevancy [Q] through the Q-Former and the vision encoder to its 4 x 4 patches."""
-    image = full_matrix(logit, maps, VISION)[-1]
+    """Queries' relevancy [Q] through the Q-Former and the vision encoder to its 4 x 4 patches.
+
+    In float64, since what was added to the identity is taken out of it again.
+    """
+    image = full_matrix(logit, maps, VISION, torch.double)[-1]
     bars = {name: averaged(logit, kept) for name, kept in maps.items() if "qformer" in name}
     size = len(bars["qformer.encoder.layer.0.attention.attention"])
-    own, seen = torch.eye(size), torch.zeros(size, len(image))
+    own, seen = torch.eye(size).double(), torch.zeros(size, len(image)).double()
     for index in range(sum(name.endswith(".attention.attention") for name in bars)):
         bar = bars[f"qformer.encoder.layer.{index}.attention.attention"]
         own, seen = own + bar @ own, seen + bar @ seen
         cross = bars.get(f"qformer.encoder.layer.{index}.crossattention.attention")
         if cross is not None:
-            whole = torch.zeros(size, len(image))  # an instruction's tokens do not look at it
+            whole = torch.zeros_like(seen)  # an instruction's tokens do not look at it
             whole[: len(cross)] = cross
             seen = seen + normalised(own).T @ whole @ normalised(image)
-    return (tokens @ seen[: len(tokens)])[1:].view(4, 4)
+    return (tokens.double() @ seen[: len(tokens)])[1:].view(4, 4).float()
+
+
+def abstracted(logit: torch.Tensor, maps: Maps, tokens: torch.Tensor) -> torch.Tensor:
+    """Queries' relevancy [Q] through an abstractor and the vision encoder to its 4 x 4 patches.
+
+    R over the queries and the encoder's tokens together, of which the latter stay as they are.
+    """
+    image = full_matrix(logit, maps, VISION, torch.double)[-1]
+    total = torch.eye(len(tokens) + len(image)).double()
+    for name in sorted(name for name in maps if "multi_modal_projector" in name):
+        bar = averaged(logit, maps[name])
+        total = total + torch.cat([bar, bar.new_zeros(len(image), len(total))]) @ total
+    row = tokens.double() @ total[: len(tokens), len(tokens) :] @ image
+    return row[1:].view(4, 4).float()
 
 
 def oracle(
@@ -172,8 +191,9 @@ def oracle(
     """Per answer token: its rows over the sequence after each layer [L, n], the last over the image
     tokens [R, C], and over the patches.
 
-    `merge` is "queries" where the image tokens are a Q-Former's, "views" where they are those of a
-    base view and tiles.
+    `merge` is "queries" where the image tokens are a Q-Former's, "abstractor" where they are an
+    abstractor's and their end, "views" where they are those of a base view and tiles, "cells" of a
+    convolutional encoder (its last is None).
     """
     inputs = dict(
         processor(images=[[image]], text=[tiny_prompt(processor, question)], return_tensors="pt")
@@ -198,11 +218,19 @@ def oracle(
         logit = logits[at, token]
         rows = torch.stack([total[at] for total in full_matrix(logit, maps, TEXT)])
         rows[:, at] -= 1
-        vision, tokens = full_matrix(logit, maps, VISION)[-1], rows[-1, seen]
+        tokens = rows[-1, seen]
+        if merge == "cells":
+            yield rows, tokens.view(grid), None
+            continue
         if merge == "queries":
-            yield rows, tokens.view(grid), queried(logit, maps, tokens)
+            patches = queried(logit, maps, tokens)
+        elif merge == "abstractor":
+            tokens = tokens[:-1]
+            patches = abstracted(logit, maps, tokens)
         elif merge == "views":
-            yield rows, viewed(tokens), through_views(tokens, vision)
+            patches = through_views(tokens, full_matrix(logit, maps, VISION)[-1])
+            tokens = viewed(tokens)
         else:
-            tokens = tokens.view(grid)
-            yield rows, tokens, chained(model.config, inputs, tokens, merge, vision)
+            vision, tokens = full_matrix(logit, maps, VISION)[-1], tokens.view(grid)
+            patches = chained(model.config, inputs, tokens, merge, vision)
+        yield rows, tokens.view(grid), patches

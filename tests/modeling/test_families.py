@@ -1,12 +1,14 @@
 """Every row of the families table against an oracle that does not use the table's knowledge."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_backbones import tiny_backbone, tiny_backbone_processor
 from tiny_models import (
     PARTIAL,
     PATCH_SIZE,
@@ -44,7 +46,7 @@ from firsthand.modeling.families import (
     patch_grid,
     patch_order,
     projector,
-    qformer_layers,
+    query_layers,
     steered_modules,
     unwrap,
     vision_layers,
@@ -52,10 +54,13 @@ from firsthand.modeling.families import (
 )
 from firsthand.modeling.relevancy import explain
 
-MODELS = TINY | PARTIAL
+PORTED = ("conv_llava", "mplug_owl", "mplug_owl2")  # MiniGPT-4 is of BLIP-2's row
+MODELS = TINY | PARTIAL | {name: partial(tiny_backbone, name) for name in PORTED}
 QUERIES = ("blip-2", "instructblip")  # a Q-Former's, without places in the image
+OWLS = ("mplug_owl", "mplug_owl2")  # an abstractor's, and their end
 TILED = ("llava_next", "llava_onevision")  # base view and tiles: test_relevancy_layout.py
-PLACED = sorted(set(MODELS) - set(QUERIES) - set(TILED))
+CELLS = ("conv_llava",)  # of a convolutional encoder: test_backbones.py, by its own pixels
+PLACED = sorted(set(MODELS) - {*QUERIES, *OWLS, *TILED, *CELLS})
 FIXED = [name for name in PLACED if FAMILIES[name].grids is None]
 
 
@@ -95,8 +100,9 @@ PLACES = [
 
 
 def test_every_row_is_tested():
-    assert {family for family, _ in PLACES} | {*QUERIES, *TILED} == set(FAMILIES) == set(MODELS)
-    queried = {MODELS[family]().config.vision_config.model_type for family in QUERIES}
+    others = (*QUERIES, *OWLS, *TILED, *CELLS)
+    assert {family for family, _ in PLACES} | set(others) == set(FAMILIES) == set(MODELS)
+    queried = {MODELS[family]().config.vision_config.model_type for family in others}
     assert {vision for _, vision in PLACES} | queried == set(VISION_TOWERS)
 
 
@@ -176,7 +182,7 @@ def test_every_text_model_is_tested():
 def test_steered_modules_write_into_the_residual_stream(family, text):
     """A shift of a steered module's output is a shift of its layer's output: no norm in between."""
     model = MODELS[family](text=text) if text else MODELS[family]()
-    inputs = tiny_inputs(tiny_processor(family))
+    inputs = tiny_inputs((tiny_backbone_processor if family in PORTED else tiny_processor)(family))
     shift = torch.linspace(-1, 1, 32)
     plain = _layer_output(model, inputs)
     handle = steered_modules(model)[0].register_forward_hook(lambda m, a, out: out + shift)
@@ -281,7 +287,7 @@ def test_queries_have_no_places(family):
     inputs = tiny_inputs(processor)
     assert int(image_mask(model, inputs["input_ids"]).sum()) == model.config.num_query_tokens == 6
     assert projector(model) is model.language_projection
-    assert len(qformer_layers(model)) == 3 and not len(qformer_layers(tiny_llava()))
+    assert len(query_layers(model)) == 3 and not len(query_layers(tiny_llava()))
     with torch.no_grad():
         encoded = model.vision_model(inputs["pixel_values"]).last_hidden_state.shape[1]
     assert encoded == vision_prefix_tokens(model.config) + 16 and patch_grid(model.config) == (4, 4)
@@ -289,6 +295,19 @@ def test_queries_have_no_places(family):
         image_grids(model.config, inputs)
     with pytest.raises(ValueError, match="queries of a Q-Former"):
         image_grid(model.config)
+
+
+@pytest.mark.parametrize("family", OWLS)
+def test_an_abstractor_writes_its_queries_and_their_end(family):
+    model = MODELS[family]()
+    inputs = tiny_inputs(tiny_backbone_processor(family))
+    tokens = int(image_mask(model, inputs["input_ids"]).sum())
+    assert tokens == model.config.num_query_tokens + 1 == 6
+    assert len(query_layers(model)) == model.config.abstractor_layers == 2
+    with torch.no_grad():
+        encoded = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state.shape[1]
+    assert encoded == vision_prefix_tokens(model.config) + 16 and patch_grid(model.config) == (4, 4)
+    assert not {*query_layers(model).modules()} - {*projector(model).modules()}
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason():
