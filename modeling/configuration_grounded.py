@@ -46,9 +46,17 @@ def as_grounded(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) 
 
     Classes are compared by name: with remote code, config and model files are imported under two
     module names, so the same class exists twice.
+
+    Raises:
+        ValueError: where `config` is of another family.
     """
     if type(config).__name__ == config_class.__name__:
         return config
+    if config.model_type != config_class.model_type:
+        raise ValueError(
+            f"{config_class.__name__} is for {config_class.model_type!r} and cannot be made of "
+            f"{config.model_type!r}. Vision modeling and attach_steering need no grounded class."
+        )
     grounded = config_class.from_dict(config.to_dict())
     for name in config.sub_configs:
         setattr(grounded, name, getattr(config, name))

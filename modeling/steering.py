@@ -30,7 +30,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCardData, hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .families import decoder_layers, steered_modules, unwrap, vision_layers
+from .families import decoder_layers, steered_modules, unwrap, vision_layers, vision_row
 from .steering_gate import SupportGate
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "steering.safetensors", "steering_config.json", "README.md"
@@ -304,6 +304,7 @@ def check_vision(model: nn.Module, vector: SteeringVector) -> None:
     """Raise ValueError unless the vision encoder of `model` fits the directions of `vector`."""
     if not vector.vision:
         return
+    check_encoder(model)
     layers = vision_layers(model)
     unknown = [layer for layer in vector.vision if not 0 <= layer < len(layers)]
     if unknown:
@@ -316,6 +317,16 @@ def check_vision(model: nn.Module, vector: SteeringVector) -> None:
         raise ValueError(
             f"The vector has vision directions of length {given}, the encoder's hidden size is "
             f"{width}. It was fitted on {vector.base_model or 'another model'}; fit one here."
+        )
+
+
+def check_encoder(model: nn.Module) -> None:
+    """Raise ValueError where the vision encoder is convolutional: it has no tokens to steer."""
+    config: Any = unwrap(model).config
+    if not vision_row(config).attends:
+        raise ValueError(
+            f"The vision encoder of {config.model_type!r} is a {config.vision_config.model_type}: "
+            "feature maps, no tokens that a direction could move. Steer the decoder's layers."
         )
 
 

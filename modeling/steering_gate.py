@@ -70,7 +70,11 @@ class SupportGate:
 
     def _measure(self, layer: int, states: torch.Tensor) -> None:
         """Support of `states` [B, T, D], the inputs of a layer."""
-        assert self._mask is not None
+        if self._mask is None:
+            raise ValueError(
+                f"Gated steering finds the image by input_ids, which {type(self.model).__name__} "
+                "does not pass on in generate(). Use a vector with gate=None."
+            )
         states = F.normalize(states.detach().float(), dim=-1)
         mask = self._mask.to(states.device)
         if self._fresh:

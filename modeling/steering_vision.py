@@ -21,7 +21,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils.logging import tqdm
 
 from .families import unwrap, vision_layers
-from .steering import SteeringVector
+from .steering import SteeringVector, check_encoder
 from .steering_fit import VTI_ANGLE, evaluating, prompt_inputs
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
@@ -60,13 +60,15 @@ def fit_vti_vision(
         one list (Qwen), whose number changes with the image.
 
     Raises:
-        ValueError: for no images, a ratio outside (0, 1), or trials or batches below 1.
+        ValueError: for no images, a ratio outside (0, 1), trials or batches below 1, or a
+            convolutional encoder, which has no tokens.
     """
     if not 0 < mask_ratio < 1 or trials < 1 or batch_size < 1:
         raise ValueError(
             f"mask_ratio is {mask_ratio}, trials {trials}, batch_size {batch_size}; the ratio must "
             "lie between 0 and 1, the others be at least 1."
         )
+    check_encoder(model)
     kept = None if folder is None else Path(folder)
     total, count = None, 0
     pictures = images if isinstance(images, Sequence) else list(images)

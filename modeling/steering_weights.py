@@ -75,7 +75,8 @@ def _check_model(model: nn.Module) -> PreTrainedModel:
     if not type(stock).__module__.startswith("transformers."):
         raise ValueError(
             f"Cannot fold into {type(stock).__name__}, which is no class of transformers: load the "
-            "checkpoint with AutoModelForImageTextToText, without remote code."
+            "checkpoint with AutoModelForImageTextToText, without remote code; where it has no "
+            "stock class, use attach_steering."
         )
     text = stock.config.get_text_config()
     if text.model_type not in BIAS_FIELDS and not _has_biases(stock):
