@@ -163,6 +163,8 @@ def keep_skipped(folder: str | Path, skipped: list[dict[str, Any]], total: int) 
 def load_model(name: str | None) -> tuple[Any, Any]:
     """A supported model in eval mode and its processor; None loads the demo model.
 
+    No code of the checkpoint runs: backbones that transformers lacks load with the classes here.
+
     Raises ValueError where the name is no checkpoint, or its family is not supported.
     """
     if name is None:
@@ -171,12 +173,17 @@ def load_model(name: str | None) -> tuple[Any, Any]:
         return load_demo_model()
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+    from firsthand.modeling.backbones import backbone_classes
     from firsthand.modeling.families import family_of
 
     try:
-        family_of(AutoConfig.from_pretrained(name))
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval()
-        return model.requires_grad_(False), AutoProcessor.from_pretrained(name)
+        ours = backbone_classes(name)
+        if ours is None:
+            family_of(AutoConfig.from_pretrained(name))
+        loader, processor = ours or (AutoModelForImageTextToText, AutoProcessor)
+        model = loader.from_pretrained(name, dtype="auto").eval()
+        # without its config, a tokenizer asks whether it may run the checkpoint's code to read one
+        return model.requires_grad_(False), processor.from_pretrained(name, config=model.config)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(f"cannot load the model {name!r}: {first}") from None

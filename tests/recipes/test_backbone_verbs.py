@@ -1,0 +1,77 @@
+"""The front doors on saved checkpoints of the backbones that transformers lacks."""
+
+import json
+import re
+
+import pytest
+import torch
+from tiny_backbones import BACKBONES, CLASSES, tiny_backbone, tiny_backbone_processor
+from tiny_models import tiny_image
+
+from firsthand.modeling import Explanation, SteeringVector
+from firsthand.recipes.cli import main
+from firsthand.recipes.inputs import load_model
+
+MAPS = {"conv_llava": ((2, 2), None)} | dict.fromkeys(
+    ["minigpt4", "mplug_owl", "mplug_owl2"], ((1, 5), (4, 4))
+)
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def saved(request, tmp_path_factory):
+    """Name and folder of a checkpoint, an image and pairs beside it; its copied code is broken."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_backbone(request.param).save_pretrained(folder / "model")
+    tiny_backbone_processor(request.param).save_pretrained(folder / "model")
+    for code in (folder / "model").glob("*.py"):
+        code.write_text("raise AssertionError('code of the checkpoint was run')")
+    for index in range(3):
+        tiny_image(index).save(folder / f"{index}.png")
+    pair = {
+        "positive": {"image": "0.png", "question": "What?", "answer": "a dog."},
+        "negative": {"image": "1.png", "question": "What?", "answer": "a dog."},
+    }
+    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    return request.param, folder
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_installed_classes_load_it_without_its_code(saved, capsys):
+    name, folder = saved
+    model, processor = load_model(str(folder / "model"))
+    assert type(model) is CLASSES[name] and not model.training
+    assert type(processor) is type(tiny_backbone_processor(name))
+    assert "custom code" not in capsys.readouterr().out  # transformers asked for no leave
+    for key, tensor in tiny_backbone(name).state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor)
+
+
+def test_explain_tokens(saved, capsys):
+    name, folder = saved
+    asked = ("--image", folder / "0.png", "--question", "What is it?", "--answer", "a dog, a cup.")
+    out = folder / "explanation"
+    assert run("explain", "tokens", "--model", folder / "model", *asked, "--out", out) == 0
+    words = re.findall(r"^  (\w+) .*against blank [+-]\d", capsys.readouterr().out, re.M)
+    assert words == ["a", "dog", "a", "cup"] and (out / "words.png").is_file()
+    found, (grid, patches) = Explanation.load(out), MAPS[name]
+    assert found.image.shape[1:] == grid and 0 < float(found.visual_contribution.min()) < 1
+    assert (found.patches is None) if patches is None else found.patches.shape[1:] == patches
+
+
+def test_steer_fit_and_apply(saved, capsys):
+    _, folder = saved
+    model = ("--model", folder / "model")
+    pairs = ("--pairs", folder / "pairs.jsonl", "--out", folder / "vector")
+    assert run("steer", "fit", *model, *pairs, "--batch-size", 1) == 0
+    vector = SteeringVector.from_pretrained(folder / "vector")
+    assert vector.pairs == 1 and float(vector.directions[1].norm()) > 0
+    asked = ("--image", folder / "2.png", "--max-new-tokens", 4, "--strength", 40)
+    capsys.readouterr()
+    assert run("steer", "apply", *model, "--vector", folder / "vector", *asked) == 0
+    said = re.fullmatch(
+        r"plain:   (.*)\nsteered: (.*)  \(strength 40\)\n", capsys.readouterr().out, re.S
+    )
+    assert said and said[1] != said[2]
