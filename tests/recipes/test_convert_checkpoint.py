@@ -1,17 +1,15 @@
 """Published checkpoints: key lists at full size, strictness, and whole conversions at tiny size."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny_backbones import tiny_backbone
-from tiny_models import tiny_image, tiny_llava, tiny_tokenizer
+from tiny_models import tiny_image, tiny_tokenizer
+from tiny_originals import write_original
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from firsthand.modeling.modeling_mplug_owl import MPlugOwlForConditionalGeneration
 from firsthand.recipes import checkpoint_keys as keys
 from firsthand.recipes import cli
 from firsthand.recipes.checkpoint_configs import TEMPLATES, processor_for
@@ -208,44 +206,18 @@ def test_two_keys_for_one_place_are_refused():
 # whole conversions through the front door
 
 
-@pytest.fixture
-def originals(tmp_path):
-    """Tiny LLaVA as LLaVA-1.5 publishes it, in two shards, with tokenizer and config."""
-    model = tiny_llava()
-    names = [
-        (r"model\.language_model\.(.+)", r"model.\1"),
-        (r"model\.vision_tower\.(.+)", r"model.vision_tower.vision_tower.vision_model.\1"),
-        (r"model\.multi_modal_projector\.linear_1\.(.+)", r"model.mm_projector.0.\1"),
-        (r"model\.multi_modal_projector\.linear_2\.(.+)", r"model.mm_projector.2.\1"),
-        (r"(lm_head\.weight)", r"\1"),
-    ]
-    state = {}
-    for key, tensor in model.state_dict().items():
-        pattern, name = next(pair for pair in names if re.fullmatch(pair[0], key))
-        state[re.sub(pattern, name, key)] = tensor
-    folder, text, vision = tmp_path / "llava", model.config.text_config, model.config.vision_config
-    tiny_tokenizer().save_pretrained(folder)
-    raw = {**text.to_dict(), "model_type": "llava_llama", "mm_vision_select_layer": -2}
-    (folder / "config.json").write_text(json.dumps(raw))
-    half = len(state) // 2
-    torch.save(dict(list(state.items())[:half]), folder / "pytorch_model-00001-of-00002.bin")
-    torch.save(dict(list(state.items())[half:]), folder / "pytorch_model-00002-of-00002.bin")
-    (tmp_path / "clip").mkdir()
-    (tmp_path / "clip" / "config.json").write_text(json.dumps(vision.to_dict()))
-    save_file({"logit_scale": torch.ones(1)}, tmp_path / "clip" / "model.safetensors")
-    return model, folder, tmp_path / "clip"
-
-
 def convert_by_command(**options) -> int:
     return cli.main(
         ["train", "convert", *(w for k, v in options.items() for w in (f"--{k}", str(v)))]
     )
 
 
-def test_llava_converts_loads_and_answers_alike(originals, tmp_path):
-    model, folder, clip = originals
+def test_a_llava_whose_tokenizer_knows_images_stays_as_it_is(tmp_path):
+    """Every kind, and with a new token: test_converted_checkpoints.py."""
+    model, options = write_original("llava", tmp_path)
+    tiny_tokenizer().save_pretrained(options["weights"])
     out = tmp_path / "out"
-    assert convert_by_command(kind="llava", weights=folder, vision=clip, out=out) == 0
+    assert convert_by_command(kind="llava", **options, out=out) == 0
     again, report = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not any(report.values())
     for key, tensor in model.state_dict().items():
@@ -257,7 +229,7 @@ def test_llava_converts_loads_and_answers_alike(originals, tmp_path):
     inputs = processor(images=[tiny_image()], text=[prompt], return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-    assert convert_by_command(kind="llava", weights=folder, vision=clip, out=out) == 2  # not empty
+    assert convert_by_command(kind="llava", **options, out=out) == 2  # not empty
 
 
 def test_arguments_are_checked_before_anything_is_read(tmp_path, capsys):
@@ -271,108 +243,9 @@ def test_arguments_are_checked_before_anything_is_read(tmp_path, capsys):
     assert not out.exists()
 
 
-def owl_state(model):
-    """A tiny mPLUG-Owl under its published names, but for the vision encoder's q, k and v."""
-    names = [
-        (r"model\.language_model\.(.+)", r"language_model.model.\1"),
-        (r"lm_head\.weight", r"language_model.lm_head.weight"),
-        (r"model\.multi_modal_projector\.query_tokens", r"query_tokens"),
-        (r"model\.multi_modal_projector\.(visual_fc\..+|vit_eos)", r"abstractor.\1"),
-    ]
-    layer = "abstractor.encoder.layers.\\1.crossattention."
-    place = r"model\.multi_modal_projector\.layers\.(\d+)\."
-    names += [
-        (place + r"((?:query|key|value)\..+)", layer + r"attention.\2"),
-        (place + r"((?:norm1|normk)\..+)", layer + r"\2"),
-        (place + r"((?:norm2|out_proj|mlp)\..+)", layer + r"output.\2"),
-    ]
-    vision = r"model\.vision_tower\."
-    names += [
-        (vision + r"embeddings\.class_embedding", "vision_model.embeddings.cls_token"),
-        (vision + r"embeddings\.patch_embedding", "vision_model.embeddings.patch_embed"),
-        (vision + r"embeddings\.position_embedding\.weight",
-         "vision_model.embeddings.position_embedding"),
-        (vision + r"pre_layrnorm", "vision_model.embeddings.pre_layernorm"),
-        (vision + r"(.+)layer_norm1", r"vision_model.\1input_layernorm"),
-        (vision + r"(.+)layer_norm2", r"vision_model.\1post_attention_layernorm"),
-        (vision + r"(.+)out_proj", r"vision_model.\1dense"),
-        (vision, "vision_model."),
-    ]  # fmt: skip
-    state = {}
-    for key, tensor in model.state_dict().items():
-        pattern, name = next(pair for pair in names if re.match(pair[0], key))
-        state[re.sub(pattern, name, key)] = tensor
-    return state
-
-
-def test_mplug_owl_converts_with_a_new_image_token(tmp_path):
-    model = tiny_backbone("mplug_owl")
-    state, heads = owl_state(model), 4
-    for stem in [k.removesuffix("q_proj.weight") for k in state if k.endswith("q_proj.weight")]:
-        if not stem.startswith("vision_model"):
-            continue
-        for kind in ("weight", "bias"):
-            parts = [state.pop(f"{stem}{n}_proj.{kind}").unflatten(0, (heads, -1)) for n in "qkv"]
-            joint = torch.stack(parts, 1).flatten(0, 2)
-            state[f"{stem}query_key_value.{kind}"] = joint
-    for name in ("cls_token", "position_embedding"):
-        key = f"vision_model.embeddings.{name}"
-        state[key] = state[key].reshape(1, -1, 24)
-    vision, text = model.config.vision_config.to_dict(), model.config.text_config.to_dict()
-    abstractor = {"num_hidden_layers": 2, "num_attention_heads": 4, "layer_norm_eps": 1e-6}
-    raw = {"vision_config": vision, "visual_abstractor_config": abstractor}
-    raw |= {"text_config": text, "num_query_tokens": 5}
-    folder, out = tmp_path / "owl", tmp_path / "out"
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
-    # a tokenizer as published: without <image>, so that a row must be added
-    for file in folder.iterdir():
-        file.write_text(file.read_text().replace("<image>", "<photo>"))
-    (folder / "config.json").write_text(json.dumps(raw))
-    torch.save({k: v.contiguous() for k, v in state.items()}, folder / "pytorch_model.bin")
-    assert convert_by_command(kind="mplug-owl", weights=folder, out=out) == 0
-    again = MPlugOwlForConditionalGeneration.from_pretrained(out)
-    rows = len(tokenizer)
-    assert again.config.image_token_id == rows and len(again.lm_head.weight) == rows + 1
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[key][: len(tensor)], tensor), key
-    torch.testing.assert_close(again.lm_head.weight[-1], model.lm_head.weight.mean(0))
-    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
-    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
-    prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
-    assert prompt.endswith("\nHuman: <image>\nHuman: Why?\nAI: ")
-    inputs = processor(images=[tiny_image()], text=[prompt], return_tensors="pt")
-    assert (inputs["input_ids"] == rows).sum() == 6
-    assert again.generate(**inputs, max_new_tokens=2).shape[0] == 1
-
-
-def test_lrv_lora_becomes_an_adapter_of_our_model(tmp_path):
-    peft = pytest.importorskip("peft")
-    assert len(keys.lora_weights(frozen("lrv_lora"))) == 32 * 2 * 2
-    model = tiny_backbone("mplug_owl")
-    generator = torch.Generator().manual_seed(0)
-    state, expected = {}, {}
-    for key, weight in model.state_dict().items():
-        if "language_model" in key and key.endswith(("q_proj.weight", "v_proj.weight")):
-            a = torch.randn(8, weight.shape[1], generator=generator)
-            b = torch.randn(weight.shape[0], 8, generator=generator)
-            old = key.replace("model.language_model.", "base_model.model.language_model.model.")
-            state[old.replace(".weight", ".lora_A.weight")] = a
-            state[old.replace(".weight", ".lora_B.default.weight")] = b
-            expected[key] = weight + 32 / 8 * b @ a
-    base = {f"base_model.model.{k}": v for k, v in owl_state(model).items()}
-    torch.save({**base, **state}, tmp_path / "pytorch_model.bin")
-    out = tmp_path / "adapter"
-    options = dict(kind="lrv-lora", weights=tmp_path / "pytorch_model.bin", out=out)
-    assert convert_by_command(**options) == 0
-    assert len(load_file(out / "adapter_model.safetensors")) == len(state) == 8
-    merged = peft.PeftModel.from_pretrained(model, out).merge_and_unload().state_dict()
-    for key, weight in expected.items():
-        torch.testing.assert_close(merged[key], weight)
-
-
 def test_lrv_lora_is_read_strictly():
     whole = frozen("lrv_lora")
+    assert len(keys.lora_weights(whole)) == 32 * 2 * 2
     one = next(iter(whole))
     with pytest.raises(ValueError, match=r"other half: language_model.model.layers.0"):
         keys.lora_weights({k: v for k, v in whole.items() if k != one})
