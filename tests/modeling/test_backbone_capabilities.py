@@ -29,8 +29,7 @@ def _vector(**kwargs):
     return SteeringVector({i: torch.randn(32, generator=generator) for i in (0, 1)}, **kwargs)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(("name", "mode"), zip(BACKBONES, MODES, strict=True))
 def test_batches_are_steered_with_and_without_cache(name, mode):
     model, processor = tiny_backbone(name), tiny_backbone_processor(name)
     inputs, alone = (tiny_inputs(processor, q) for q in (QUESTIONS, QUESTIONS[:1]))
