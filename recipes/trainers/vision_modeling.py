@@ -110,8 +110,14 @@ class VisionModelingTrainer(Trainer):
 
 
 def language_linear(model: Any, layers: Sequence[str] = LINEAR) -> str:
-    """A pattern of the names of the language model's linear layers, for `LoraConfig`."""
-    return rf".*\b{re.escape(family_of(model).language_model)}\..*\.({'|'.join(layers)})"
+    """A pattern of the names of the language model's linear layers, for `LoraConfig`.
+
+    Of mPLUG-Owl2's pairs, one for text and one for images, both are meant.
+    """
+    modules = [name for name, _ in unwrap(model).named_modules()]
+    paired = {name.split(".")[-3] for name in modules if name.endswith(".multiway.1")}
+    names = [rf"{name}\.multiway\.\d" if name in paired else name for name in layers]
+    return rf".*\b{re.escape(family_of(model).language_model)}\..*\.({'|'.join(names)})"
 
 
 def make_trainable(

@@ -9,8 +9,10 @@ from tiny_backbones import BACKBONES, CLASSES, tiny_backbone, tiny_backbone_proc
 from tiny_models import tiny_image
 
 from firsthand.modeling import Explanation, SteeringVector
+from firsthand.modeling.families import decoder_layers
 from firsthand.recipes.cli import main
 from firsthand.recipes.inputs import load_model
+from firsthand.recipes.trainers.vision_modeling import language_linear
 
 MAPS = {"conv_llava": ((2, 2), None)} | dict.fromkeys(
     ["minigpt4", "mplug_owl", "mplug_owl2"], ((1, 5), (4, 4))
@@ -47,6 +49,17 @@ def test_installed_classes_load_it_without_its_code(saved, capsys):
     assert "custom code" not in capsys.readouterr().out  # transformers asked for no leave
     for key, tensor in tiny_backbone(name).state_dict().items():
         assert torch.equal(model.state_dict()[key], tensor)
+
+
+def test_lora_reaches_every_linear_layer_of_the_decoder(saved):
+    peft = pytest.importorskip("peft")
+    model = tiny_backbone(saved[0])
+    linear = [m for layer in decoder_layers(model) for m in layer.modules()]
+    count = sum(isinstance(m, torch.nn.Linear) for m in linear)
+    assert count == 2 * (9 if saved[0] == "mplug_owl2" else 7)  # keys and values of both ways
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=language_linear(model)))
+    adapted = [m for m in tuned.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    assert len(adapted) == count and not {m.base_layer for m in adapted} - set(linear)
 
 
 def test_explain_tokens(saved, capsys):
