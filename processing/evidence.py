@@ -1,8 +1,9 @@
 """What speaks for a word of an answer: all the signals that a hallucination warning can read.
 
 What it is: for each word the probability of its tokens, their likelihood ratio against a blank
-image, and, at the token that decides the word (its first one), relevancy and attention over the
-image with their compactness. One explanation, one more forward pass and a backward pass a word.
+image, what the model says when it is asked whether the thing is there, and, at the token that
+decides the word (its first one), relevancy and attention over the image with their compactness. One
+explanation and one more forward pass, and a backward and a forward pass a word.
 What it is not: a verdict (warning.py), or a choice of words.
 
     found = evidence(model, processor, image, "Describe the image.", "a dog, a cup.", [(2, 5)])
@@ -25,6 +26,7 @@ from firsthand.modeling.logit_lens import layer_states
 from firsthand.processing.answered import forced
 from firsthand.processing.compactness import TOP, consistency, dispersion, similarities
 from firsthand.processing.generation import one_view
+from firsthand.processing.self_check import yes_over_no
 
 LEAST = 1e-30  # of a probability, before its logarithm
 Span = tuple[int, int]
@@ -51,8 +53,9 @@ def evidence(
 
     Returns:
         A dict a word, in order: `text`, `span`; `log_probability` of its tokens together, nats;
-        `log_likelihood_ratio`, of them against a blank image, nats; `visual_contribution`, 0 to 1,
-        and `contribution_max` (largest image relevancy over largest of text, >= 0); per decoder
+        `log_likelihood_ratio`, of them against a blank image, nats; `yes_over_no`, log-odds that
+        the model says that the word is in the image when asked; `visual_contribution`, 0 to 1, and
+        `contribution_max` (largest image relevancy over largest of text, >= 0); per decoder
         layer (L numbers) `attention_share` (of the mean head on the image, 0 to 1), `attention_ads`
         (its dispersion, 0 to 1), `cgc` (grounding consistency of the word's last token, -1 to 1),
         `relevancy_cgc` (its mean cosine, weighted by relevancy, -1 to 1); `relevancy_ads` (of the
@@ -60,7 +63,7 @@ def evidence(
         layers and heads), `token_map` [R][C] and `map` [r][c] (relevancy), which sum to 1.
 
     Raises:
-        ValueError: as `explain`, `forced` and `head_attention`.
+        ValueError: as `explain`, `forced`, `head_attention` and `yes_over_no`.
     """
     if not words:
         return []
@@ -68,11 +71,13 @@ def evidence(
     shown = [answer[slice(*span)] for span in words]
     explanation, first = _explained(model, processor, image, question, answer, words)
     rows, cosines = _looked(model, processor, image, question, answer, words)
+    odds = yes_over_no(model, processor, image, shown)
     found = []
     for number, span in enumerate(words):
         row = explanation.selected.index(first[number])
         said = {"text": shown[number], "span": list(span)}
         said |= _likelihood(explanation, tokens_within(explanation.spans, *span))
+        said |= {"yes_over_no": odds[shown[number]]}
         said |= _relevancy(explanation, row, cosines[number], top)
         found.append(said | _attention(rows[number], cosines[number], top))
     return found

@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from firsthand.processing.head_statistics import auroc, ordered
-
-Word = Mapping[str, Any]  # a row of `evidence`; to fit, also `true`, `scene` and `source`
+Word = Mapping[str, Any]  # a row of `evidence`; to fit, also `true` and `scene`
 SIGNALS: dict[str, Callable[[Word], list[float]]] = {
     "visual_contribution": lambda w: [w["visual_contribution"], math.log1p(w["contribution_max"])],
     "attention_share": lambda w: w["attention_share"],
     "probability": lambda w: [w["log_probability"]],
+    "asked": lambda w: [w["yes_over_no"]],
     "support": lambda w: [w["log_likelihood_ratio"]],
     "attention": lambda w: w["attention_ads"] + w["cgc"],
     "relevancy": lambda w: w["relevancy_ads"] + w["relevancy_cgc"],
@@ -105,37 +104,21 @@ def fit(
     """A warning from labelled words.
 
     The L2 penalty is the one with the best AUROC on held-out scenes (5 folds); its scores there are
-    calibrated by Platt's logistic, and the threshold maximises balanced accuracy on them. Penalty,
-    calibration and threshold look at drawn words, the model's own, where both kinds are among them;
-    the weights are of all words.
+    calibrated by Platt's logistic, and the threshold maximises balanced accuracy on them. The
+    weights are of all words.
 
     Args:
-        words: rows of `evidence` with `true` (the image shows it), `scene` and `source`.
+        words: rows of `evidence` with `true` (the image shows it) and `scene`.
         signals: names in SIGNALS to read.
         protocol: kept with the weights.
 
     Raises:
         ValueError: for unknown signals, or fewer than 5 true or made-up words.
     """
-    if unknown := set(signals) - set(SIGNALS):
-        raise ValueError(f"unknown signals {sorted(unknown)}; there are {sorted(SIGNALS)}.")
-    made_up = np.array([not word["true"] for word in words], dtype=float)
-    if min(made_up.sum(), (1 - made_up).sum()) < LEAST:
-        raise ValueError(
-            f"{len(words)} words, {int(made_up.sum())} of them made up: a warning needs at least "
-            f"{LEAST} of each kind. Read more scenes."
-        )
-    features = _features(words, signals)
-    mean, scale = features.mean(0), features.std(0)
-    scale = np.where(scale > 1e-9, scale, 1.0)
-    standard = (features - mean) / scale
-    judged = _own(words, made_up)
-    folds = _folds(words)
-    logits = {p: _held_out(standard, made_up, folds, p) for p in PENALTIES}
-    quality = {p: area(held[judged], made_up[judged]) for p, held in logits.items()}
-    penalty = max(PENALTIES, key=lambda p: (quality[p], p))
-    held = logits[penalty][judged]
-    slope, offset = _calibration(held, made_up[judged])
+    made_up = _made_up(words, signals)
+    penalty, held, rightly = _held_out(words, signals, made_up)
+    slope, offset = _calibration(held, made_up)
+    standard, mean, scale = _standard(words, signals)
     *weights, bias = _logistic(standard, made_up, penalty)
     return HallucinationWarning(
         signals=list(signals),
@@ -144,25 +127,86 @@ def fit(
         scale=scale.tolist(),
         weights=(np.array(weights) * slope).tolist(),
         bias=float(bias * slope + offset),
-        threshold=_threshold(_sigmoid(held * slope + offset), made_up[judged]),
-        protocol=dict(protocol or {}) | {"penalty": penalty, "held_out_auroc": quality[penalty]},
+        threshold=_threshold(_sigmoid(held * slope + offset), made_up),
+        protocol=dict(protocol or {})
+        | {"penalty": penalty, "held_out_auroc": _quality(rightly, made_up)},
     )
 
 
-def area(scores: np.ndarray, made_up: np.ndarray) -> float:
-    """Chance that a made-up word scores above a true one, ties half: 0.5 is guessing, 1 best."""
-    return float(auroc(ordered(scores[None]), made_up)[0])
+def choose(words: Sequence[Word], candidates: Sequence[str] = tuple(SIGNALS)) -> list[str]:
+    """Which signals to read: the best one, and those that help it by more than chance.
+
+    Forward selection: of the signals that are left, the one is added that lifts the AUROC on
+    held-out scenes most, as long as the gain is more than one standard error of it (DeLong's, of
+    two AUROCs on the same words). So each signal alone is always among what is compared.
+
+    Args:
+        words: as for `fit`.
+        candidates: names in SIGNALS.
+
+    Returns:
+        The chosen signals, in the order of their choice.
+
+    Raises:
+        ValueError: as `fit`.
+    """
+    made_up = _made_up(words, candidates)
+    chosen: list[str] = []
+    before = np.zeros(len(words))
+    while left := [name for name in candidates if name not in chosen]:
+        tried = {name: _held_out(words, [*chosen, name], made_up)[2] for name in left}
+        best = max(left, key=lambda name: _quality(tried[name], made_up))
+        gain, error = _gain(tried[best], before, made_up)
+        if chosen and gain <= error:
+            break
+        chosen, before = [*chosen, best], tried[best]
+    return chosen
+
+
+def _made_up(words: Sequence[Word], signals: Sequence[str]) -> np.ndarray:
+    """bool [n]; or ValueError where nothing can be fitted."""
+    if unknown := set(signals) - set(SIGNALS):
+        raise ValueError(f"unknown signals {sorted(unknown)}; there are {sorted(SIGNALS)}.")
+    made_up = np.array([not word["true"] for word in words], dtype=bool)
+    if min(made_up.sum(), (~made_up).sum()) < LEAST:
+        raise ValueError(
+            f"{len(words)} words, {int(made_up.sum())} of them made up: a warning needs at least "
+            f"{LEAST} of each kind. Read more scenes."
+        )
+    return made_up
+
+
+def _standard(
+    words: Sequence[Word], signals: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features [n, d] of mean 0 and deviation 1; the means and deviations that were taken out."""
+    features = _features(words, signals)
+    mean, scale = features.mean(0), features.std(0)
+    scale = np.where(scale > 1e-9, scale, 1.0)
+    return (features - mean) / scale, mean, scale
 
 
 def _features(words: Sequence[Word], signals: Sequence[str]) -> np.ndarray:
     return np.array([[x for s in signals for x in SIGNALS[s](word)] for word in words], dtype=float)
 
 
-def _own(words: Sequence[Word], made_up: np.ndarray) -> np.ndarray:
-    """bool [n]: the drawn words, or all where these are too few of one kind."""
-    drawn = np.array([word["source"] == "drawn" for word in words])
-    few = min(made_up[drawn].sum(), (1 - made_up[drawn]).sum()) < LEAST
-    return np.ones_like(drawn) if few else drawn
+def _held_out(
+    words: Sequence[Word], signals: Sequence[str], made_up: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The best penalty, and each word's logit and place by weights that did not see its fold."""
+    standard, folds = _standard(words, signals)[0], _folds(words)
+    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    for penalty in PENALTIES:
+        logits, places = np.zeros(len(words)), np.zeros(len(words))
+        for fold in np.unique(folds):
+            inside = folds == fold
+            *weights, bias = _logistic(standard[~inside], made_up[~inside], penalty)
+            logits[inside] = standard[inside] @ np.array(weights) + bias
+            places[inside] = _places(logits[inside], made_up[inside])
+        if best is None or _quality(places, made_up) >= _quality(best[2], made_up):
+            best = penalty, logits, places
+    assert best is not None
+    return best
 
 
 def _folds(words: Sequence[Word]) -> np.ndarray:
@@ -171,14 +215,30 @@ def _folds(words: Sequence[Word]) -> np.ndarray:
     return np.array([scenes[word["scene"]] % FOLDS for word in words])
 
 
-def _held_out(x: np.ndarray, y: np.ndarray, folds: np.ndarray, penalty: float) -> np.ndarray:
-    """Logits [n], each by weights that did not see its fold."""
-    logits = np.zeros(len(y))
-    for fold in np.unique(folds):
-        inside = folds == fold
-        *weights, bias = _logistic(x[~inside], y[~inside], penalty)
-        logits[inside] = x[inside] @ np.array(weights) + bias
-    return logits
+def _places(scores: np.ndarray, made_up: np.ndarray) -> np.ndarray:
+    """Of each word, the share of the words of the other kind that it is on the right side of.
+
+    Ties count half; NaN where there is none of the other kind. Its mean over either kind is AUROC.
+    """
+    above, below = scores[made_up][:, None], scores[~made_up]
+    ahead = (above > below) + (above == below) / 2
+    places = np.full(len(scores), np.nan)
+    if ahead.size:
+        places[made_up], places[~made_up] = ahead.mean(1), ahead.mean(0)
+    return places
+
+
+def _quality(places: np.ndarray, made_up: np.ndarray) -> float:
+    """AUROC within folds, their mean by made-up words."""
+    return float(np.nanmean(places[made_up]))
+
+
+def _gain(places: np.ndarray, before: np.ndarray, made_up: np.ndarray) -> tuple[float, float]:
+    """How much AUROC has grown, and DeLong's standard error of that."""
+    more = places - before
+    kinds = [kind[~np.isnan(kind)] for kind in (more[made_up], more[~made_up])]
+    error = sum(kind.var(ddof=1) / len(kind) for kind in kinds)
+    return float(kinds[0].mean()), float(np.sqrt(error))
 
 
 def _calibration(logits: np.ndarray, made_up: np.ndarray) -> tuple[float, float]:
@@ -222,6 +282,6 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def _threshold(scores: np.ndarray, made_up: np.ndarray) -> float:
     """The score with the highest balanced accuracy of `score >= threshold`."""
     points = np.unique(scores)
-    caught = [(scores[made_up == 1] >= p).mean() for p in points]
-    passed = [(scores[made_up == 0] < p).mean() for p in points]
+    caught = [(scores[made_up] >= p).mean() for p in points]
+    passed = [(scores[~made_up] < p).mean() for p in points]
     return float(points[int(np.argmax(np.add(caught, passed)))])

@@ -2,8 +2,9 @@
 
 What it is: AUROC, average precision and Brier score on the object words of held-out scenes, with
 intervals over scenes: the model's own greedy captions (the case that matters), and true captions
-with one object swapped, apart. Every arm is fitted on validation scenes only; the single signals
-need no fit. What it is not: a training recipe (`fit_warning.py` writes the file).
+with one object swapped, apart. Arm `warning` is the given file; the other fitted arms, for
+comparison, are fitted on validation scenes; the single signals need no fit. What it is not: a
+training recipe (`fit_warning.py` writes the file).
 
     python -m firsthand.recipes.evaluate_warning --split test --split test_prior \
         --split test_unseen --out docs/results/warning.csv
@@ -23,10 +24,11 @@ import numpy as np
 
 from firsthand.datasets_scripts.scenes import scenes
 from firsthand.metrics import results
-from firsthand.processing.warning import SIGNALS, Word, fit
+from firsthand.processing.warning import SIGNALS, HallucinationWarning, Word, fit
 from firsthand.recipes.demo_data import SCENES, load_scenes
 from firsthand.recipes.demo_measure import LEXICON
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS, write_csv
+from firsthand.recipes.explain_warn import warning_file
 from firsthand.recipes.fit_warning import training_words
 from firsthand.recipes.inputs import load_model
 from firsthand.recipes.labelled_words import Source, labelled_words
@@ -46,18 +48,20 @@ SINGLE: dict[str, Callable[[Word], float]] = {  # high = seen
     "svar": _svar,
     "probability": lambda word: word["log_probability"],
     "support": lambda word: word["log_likelihood_ratio"],
+    "asked": lambda word: word["yes_over_no"],
 }
 FITTED = {"attention": ["attention"], "relevancy": ["relevancy"], "all": list(SIGNALS)}
 
 
-def scorers(words: Sequence[Word]) -> dict[str, Scorer]:
-    """Arm -> how it scores words; the fitted ones have seen `words`."""
+def scorers(words: Sequence[Word], warning: HallucinationWarning) -> dict[str, Scorer]:
+    """Arm -> how it scores words; those of FITTED have seen `words`."""
 
     def alone(signal: Callable[[Word], float]) -> Scorer:
         return lambda words: -np.array([signal(word) for word in words])
 
     found = {arm: alone(signal) for arm, signal in SINGLE.items()}
-    return found | {arm: fit(words, signals).score for arm, signals in FITTED.items()}
+    found |= {arm: fit(words, signals).score for arm, signals in FITTED.items()}
+    return found | {"warning": warning.score}
 
 
 def columns(scores: np.ndarray, made_up: np.ndarray) -> np.ndarray:
@@ -96,7 +100,7 @@ def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def measure(
     words: Sequence[Word], arms: dict[str, Scorer], split: str, protocol: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Result rows of every arm on one split's words; `all` also against `probability`."""
+    """Result rows of every arm on one split's words; `warning` also against `probability`."""
     made_up = np.array([not word["true"] for word in words], dtype=bool)
     groups = [word["scene"] for word in words]
     marks = {arm: columns(score(words), made_up) for arm, score in arms.items()}
@@ -112,10 +116,10 @@ def measure(
         for arm, mark in marks.items():
             add(arm, name, results.bootstrap(mark, statistic, groups=groups))
         difference = results.paired_difference(
-            marks["all"], marks["probability"], statistic, groups=groups
+            marks["warning"], marks["probability"], statistic, groups=groups
         )
-        add("all - probability", name, difference)
-    for arm in FITTED:
+        add("warning - probability", name, difference)
+    for arm in (*FITTED, "warning"):
         error = (arms[arm](words) - made_up) ** 2
         add(arm, "brier", results.bootstrap(error, groups=groups))
     add("words", "made_up", results.bootstrap(made_up, groups=groups))
@@ -126,6 +130,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Measure the hallucination warning on scenes.")
     parser.add_argument("--model", help="Hub id or path; the demo model if absent")
+    parser.add_argument("--warning", help="what fit_warning wrote; the demo model's if absent")
     parser.add_argument("--split", action="append", required=True)
     parser.add_argument("--scenes_folder", type=Path, help="where splits are, if not committed")
     parser.add_argument("--count", type=int, default=60, help="scenes a split")
@@ -140,8 +145,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Read what is missing, fit the arms, measure, and write after each part."""
     args = parse(argv)
+    warning = HallucinationWarning.load(warning_file(args.model, args.warning))
     model, processor = load_model(args.model)
-    arms = scorers(training_words(args.work, model, processor, args.fit_count, args.seed)[0])
+    rows = load_scenes("validation", args.fit_count)
+    words = training_words(args.work, model, processor, "validation", rows, args.seed)
+    arms = scorers(words, warning)
     found: list[dict[str, Any]] = []
     parts: tuple[tuple[Source, int], ...] = (("own", args.count), ("swapped", args.swapped))
     for source, count in parts:

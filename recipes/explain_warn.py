@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     image = open_image(args.image)
     from firsthand.processing.warning import HallucinationWarning
 
-    warning = HallucinationWarning.load(_warning_file(args.model, args.warning))
+    warning = HallucinationWarning.load(warning_file(args.model, args.warning))
     model, processor = load_model(args.model)
     from firsthand.processing.evidence import evidence
 
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     for word in words:
         print(
             f"  {word['text']:16} made up {word['score']:.2f}"
+            f"  asked {word['yes_over_no']:+.1f}"
             f"  against blank {word['log_likelihood_ratio']:+.2f}"
             f"  visual contribution {word['visual_contribution']:.2f}"
             f"{'  warned' if word['warned'] else ''}"
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _warning_file(model: str | None, given: str | None) -> Path:
+def warning_file(model: str | None, given: str | None) -> Path:
+    """The warning to read: the given one, or the demo model's for it; ValueError for others."""
     if given is None and model is not None:
         raise ValueError(
             f"The warning that ships was fitted for the demo model, not for {model}. Fit one with "

@@ -18,7 +18,7 @@ from typing import Any
 
 from firsthand.datasets_scripts.scenes import scenes
 from firsthand.metrics import results
-from firsthand.processing.warning import fit
+from firsthand.processing.warning import choose, fit
 from firsthand.recipes.demo_data import load_scenes
 from firsthand.recipes.demo_measure import LEXICON
 from firsthand.recipes.inputs import load_model
@@ -28,20 +28,14 @@ SOURCES: tuple[Source, ...] = ("drawn", "swapped")
 
 
 def training_words(
-    work: Path, model: Any, processor: Any, count: int, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Labelled words of the first `count` validation scenes, and their protocol."""
-    rows = load_scenes("validation", count)
-    words = [
+    work: Path, model: Any, processor: Any, split: str, rows: list[dict[str, Any]], seed: int
+) -> list[dict[str, Any]]:
+    """Labelled words of the scenes `rows`, one caption of each of SOURCES a scene."""
+    return [
         word
         for source in SOURCES
-        for word in labelled_words(work, model, processor, "validation", rows, source, seed)
+        for word in labelled_words(work, model, processor, split, rows, source, seed)
     ]
-    protocol = results.protocol(
-        [row["id"] for row in rows], prompt=scenes.CAPTION_QUESTION, decoding="drawn, swapped",
-        lexicon_hash=LEXICON.hash, variant="scenes/validation", seed=seed,
-    )  # fmt: skip
-    return words, protocol
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,16 +43,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fit the hallucination warning for a model.")
     parser.add_argument("--model", help="Hub id or path; the demo model if absent")
     parser.add_argument("--out", type=Path, required=True, help="the warning, a JSON file")
-    parser.add_argument("--count", type=int, default=60, help="validation scenes")
+    parser.add_argument("--data", type=Path, help="folder of build_scenes; the committed scenes")
+    parser.add_argument("--split", default="validation", help="of the scenes")
+    parser.add_argument("--count", type=int, default=60, help="scenes")
     parser.add_argument("--seed", type=int, default=0, help="of drawn and swapped captions")
     parser.add_argument("--work", type=Path, default=Path("warning-work"))
     args = parser.parse_args(argv)
-    words, protocol = training_words(args.work, *load_model(args.model), args.count, args.seed)
-    warning = fit(words, protocol=protocol | {"model": args.model or "demo"})
+    rows = load_scenes(args.split, args.count, args.data)
+    model, processor = load_model(args.model)
+    words = training_words(args.work, model, processor, args.split, rows, args.seed)
+    signals = choose(words)
+    protocol = results.protocol(
+        [row["id"] for row in rows], prompt=scenes.CAPTION_QUESTION, decoding=", ".join(SOURCES),
+        lexicon_hash=LEXICON.hash, variant=f"scenes/{args.split}", seed=args.seed,
+    )  # fmt: skip
+    warning = fit(words, signals, protocol | {"model": args.model or "demo"})
     warning.save(args.out)
     false = sum(not word["true"] for word in words)
-    print(f"{len(words)} words, {false} made up; held-out AUROC on validation scenes", end=" ")
-    print(f"{warning.protocol['held_out_auroc']:.3f}; threshold {warning.threshold:.3f}")
+    print(f"{len(words)} words, {false} made up; chosen signals: {', '.join(signals)}")
+    print(f"held-out AUROC on these scenes {warning.protocol['held_out_auroc']:.3f}", end="; ")
+    print(f"threshold {warning.threshold:.3f}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from firsthand.modeling.head_attention import head_attention
 from firsthand.processing.answered import forced
 from firsthand.processing.compactness import consistency, dispersion
 from firsthand.processing.evidence import evidence
+from firsthand.processing.self_check import yes_over_no
 
 QUESTION, ANSWER = "What is in the image?", "a dog, a cup."
 WORDS = [(2, 5), (9, 12)]
@@ -40,6 +41,8 @@ def test_relevancy_and_likelihood_are_those_of_explain(tiny, found):
         assert word["relevancy_ads"][0] == pytest.approx(float(dispersion(first.numpy())))
         share = whole.visual_contribution[direct.tokens[0]]
         assert word["visual_contribution"] == pytest.approx(float(share), rel=1e-4)
+        odds = yes_over_no(*tiny, [word["text"]])
+        assert word["yes_over_no"] == pytest.approx(odds[word["text"]])
 
 
 @torch.no_grad()

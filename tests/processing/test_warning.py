@@ -5,7 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from firsthand.processing.warning import SIGNALS, HallucinationWarning, _logistic, fit
+from firsthand.processing.warning import (
+    SIGNALS,
+    HallucinationWarning,
+    _gain,
+    _logistic,
+    _places,
+    choose,
+    fit,
+)
 
 
 def words(count: int = 400, layers: int = 3, seed: int = 0) -> list[dict]:
@@ -22,12 +30,12 @@ def words(count: int = 400, layers: int = 3, seed: int = 0) -> list[dict]:
         made.append(
             {
                 "scene": f"s{index // 3}",
-                "source": "drawn" if index % 3 else "swapped",
                 "true": true,
                 "visual_contribution": 0.5,
                 "contribution_max": 1.0,
                 "log_probability": -1.0,
                 "log_likelihood_ratio": near(2.0 * seen, 1)[0],
+                "yes_over_no": near(1.0 * seen, 1, 0.5)[0],
                 "attention_share": near(0.2),
                 "attention_ads": near(0.8 - 0.3 * seen),
                 "cgc": near(0.2),
@@ -70,6 +78,29 @@ def test_signals_without_a_clue_give_the_base_rate():
     assert 0.2 < scores[0] < 0.4
 
 
+def test_the_signals_that_help_are_chosen_and_no_others():
+    """All that tells words apart here errs on the same ones, so that a second adds nothing."""
+    made = words()
+    assert choose(made, ["visual_contribution", "support", "asked"]) == ["support"]
+    rng = np.random.default_rng(1)
+    for word in made:  # a clue of its own
+        word["log_probability"] = float(2 * word["true"] + rng.standard_normal())
+    assert choose(made) == ["probability", "support"]
+
+
+def test_places_and_their_gain_are_those_of_the_pairs():
+    """AUROC is the share of pairs in order, ties half; the error is DeLong's, here by hand."""
+    made_up = np.array([True, True, False, False])
+    places = _places(np.array([2.0, 1.0, 1.0, 0.0]), made_up)
+    assert places.tolist() == [1.0, 0.75, 0.75, 1.0]
+    before = _places(np.array([0.0, 1.0, 1.0, 0.0]), made_up)
+    gain, error = _gain(places, before, made_up)
+    assert gain == pytest.approx(0.875 - 0.5)
+    spread = [np.var(more, ddof=1) / 2 for more in ((0.75, 0.0), (0.5, 0.25))]
+    assert error == pytest.approx(np.sqrt(sum(spread)))
+    assert np.isnan(_places(np.ones(2), np.array([True, True]))).all()
+
+
 def test_saved_is_loaded(tmp_path):
     warning = fit(words(), ["support", "attention"], {"n": 400})
     warning.save(tmp_path / "new" / "w.json")
@@ -83,8 +114,9 @@ def test_refusals(tmp_path):
     few = [w for w in words(40) if w["true"]]
     with pytest.raises(ValueError, match="0 of them made up: a warning needs at least 5"):
         fit(few)
-    with pytest.raises(ValueError, match="unknown signals"):
-        fit(words(), ["luck"])
+    for refuses in (fit, choose):
+        with pytest.raises(ValueError, match="unknown signals"):
+            refuses(words(), ["luck"])
     with pytest.raises(ValueError, match="of 3 decoder layers; these words are of one with 4"):
         fit(words()).score(words(4, layers=4))
     with pytest.raises(FileNotFoundError, match="no such warning"):

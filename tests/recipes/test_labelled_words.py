@@ -7,10 +7,10 @@ import pytest
 from tiny_models import tiny_image
 
 from firsthand.metrics import results
+from firsthand.processing.head_statistics import auroc as exact_auroc
 from firsthand.processing.head_statistics import average_precision as exact_precision
 from firsthand.processing.head_statistics import ordered
 from firsthand.processing.masks import encode
-from firsthand.processing.warning import area
 from firsthand.recipes import evaluate_relevancy, evaluate_warning, labelled_words
 
 SCENES = [
@@ -96,7 +96,9 @@ def test_auroc_and_precision_of_histograms_are_the_exact_ones():
     rng = np.random.default_rng(0)
     scores, made_up = rng.integers(0, 9, 40).astype(float), rng.random(40) < 0.3  # with ties
     means = evaluate_warning.columns(scores, made_up).mean(0)
-    assert evaluate_warning.auroc(means) == pytest.approx(area(scores, made_up.astype(float)))
+    assert evaluate_warning.auroc(means) == pytest.approx(
+        exact_auroc(ordered(scores[None]), made_up.astype(float))[0]
+    )
     exact = exact_precision(ordered(scores[None]), made_up.astype(float))[0]
     assert evaluate_warning.average_precision(means) == pytest.approx(exact)
     value, low, high = results.bootstrap(
@@ -114,13 +116,14 @@ def test_measures_of_every_arm_and_their_difference():
         "probability": lambda words: np.array([-w["log_probability"] for w in words]),
         "attention": lambda words: np.array([0.5 for _ in words]),
         "relevancy": lambda words: np.array([0.5 for _ in words]),
-        "all": lambda words: np.array([1.0 - w["x"] for w in words]),
+        "all": lambda words: np.array([0.5 for _ in words]),
+        "warning": lambda words: np.array([1.0 - w["x"] for w in words]),
     }
     rows = evaluate_warning.measure(words, arms, "test", {})
     found = {(r["arm"], r["metric"]): r["value"] for r in rows}
-    assert found["all", "auroc"] == 1 and found["probability", "auroc"] == 0.5
-    assert found["all - probability", "auroc"] == 0.5
-    assert found["all", "brier"] == 0 and found["attention", "brier"] == 0.25
+    assert found["warning", "auroc"] == 1 and found["probability", "auroc"] == 0.5
+    assert found["warning - probability", "auroc"] == 0.5
+    assert found["warning", "brier"] == 0 and found["attention", "brier"] == 0.25
     assert found["words", "made_up"] == 0.5 and all(r["n"] == 20 for r in rows)
 
 
