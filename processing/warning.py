@@ -1,10 +1,10 @@
 """The hallucination warning: a calibrated chance that a word names what the image does not show.
 
-What it is: logistic regression over the signals of `evidence.py`, in numpy, fitted on labelled
-words and saved as one small JSON file. What it is not: a source of words or labels
+What it is: logistic regression over some signals of `evidence.py`, in numpy, chosen and fitted on
+labelled words and saved as one small JSON file. What it is not: a source of words or labels
 (recipes/labelled_words.py), or valid for another model than the one whose words it was fitted on.
 
-    warning = fit(words, protocol=protocol); warning.save("warning.json")
+    warning = fit(words, choose(words), protocol); warning.save("warning.json")
     HallucinationWarning.load("warning.json").score(evidence(...))
 """
 
@@ -20,15 +20,34 @@ from typing import Any
 import numpy as np
 
 Word = Mapping[str, Any]  # a row of `evidence`; to fit, also `true` and `scene`
+
+
+def _log_odds(word: Word) -> float:
+    chance = math.exp(word["log_probability"])
+    return math.log(max(chance, LEAST_CHANCE) / max(1 - chance, LEAST_CHANCE))
+
+
+def _thirds(layers: Sequence[float]) -> list[float]:
+    """Means over the early, middle and late layers."""
+    return [float(np.mean(third)) for third in np.array_split(layers, 3)]
+
+
 SIGNALS: dict[str, Callable[[Word], list[float]]] = {
-    "visual_contribution": lambda w: [w["visual_contribution"], math.log1p(w["contribution_max"])],
-    "attention_share": lambda w: w["attention_share"],
-    "probability": lambda w: [w["log_probability"]],
+    "probability": lambda w: [_log_odds(w)],
     "asked": lambda w: [w["yes_over_no"]],
+    "attention_share": lambda w: _thirds(w["attention_share"]),
+    "attention": lambda w: _thirds(w["attention_ads"]) + _thirds(w["cgc"]),
+    "visual_contribution": lambda w: [w["visual_contribution"], math.log1p(w["contribution_max"])],
+    "relevancy": lambda w: w["relevancy_ads"] + _thirds(w["relevancy_cgc"]),
     "support": lambda w: [w["log_likelihood_ratio"]],
-    "attention": lambda w: w["attention_ads"] + w["cgc"],
-    "relevancy": lambda w: w["relevancy_ads"] + w["relevancy_cgc"],
 }
+LADDER = (  # by what they cost: forward passes for probability and for nouns, attention, gradients
+    ("probability",),
+    ("probability", "asked"),
+    ("probability", "asked", "attention_share", "attention"),
+    tuple(SIGNALS),
+)
+LEAST_CHANCE = 1e-6  # of a word and of its opposite, before their logarithm
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 FOLDS = 5
 LEAST = 5  # words of each kind, to fit anything
@@ -103,8 +122,8 @@ def fit(
 ) -> HallucinationWarning:
     """A warning from labelled words.
 
-    The L2 penalty is the one with the best AUROC on held-out scenes (5 folds); its scores there are
-    calibrated by Platt's logistic, and the threshold maximises balanced accuracy on them. The
+    The L2 penalty is the one with the least log-loss on held-out scenes (5 folds); its scores there
+    are calibrated by Platt's logistic, and the threshold maximises balanced accuracy on them. The
     weights are of all words.
 
     Args:
@@ -133,34 +152,24 @@ def fit(
     )
 
 
-def choose(words: Sequence[Word], candidates: Sequence[str] = tuple(SIGNALS)) -> list[str]:
-    """Which signals to read: the best one, and those that help it by more than chance.
+def choose(words: Sequence[Word]) -> list[str]:
+    """Which signals to read: the fewest that are as good as the best, but for chance.
 
-    Forward selection: of the signals that are left, the one is added that lifts the AUROC on
-    held-out scenes most, as long as the gain is more than one standard error of it (DeLong's, of
-    two AUROCs on the same words). So each signal alone is always among what is compared.
+    Of LADDER, whose first step is the word's probability alone, the first step whose AUROC on
+    held-out scenes is within one standard error of the best step's (DeLong's, of the difference of
+    two AUROCs on the same words).
 
     Args:
         words: as for `fit`.
-        candidates: names in SIGNALS.
-
-    Returns:
-        The chosen signals, in the order of their choice.
 
     Raises:
         ValueError: as `fit`.
     """
-    made_up = _made_up(words, candidates)
-    chosen: list[str] = []
-    before = np.zeros(len(words))
-    while left := [name for name in candidates if name not in chosen]:
-        tried = {name: _held_out(words, [*chosen, name], made_up)[2] for name in left}
-        best = max(left, key=lambda name: _quality(tried[name], made_up))
-        gain, error = _gain(tried[best], before, made_up)
-        if chosen and gain <= error:
-            break
-        chosen, before = [*chosen, best], tried[best]
-    return chosen
+    made_up = _made_up(words, list(SIGNALS))
+    tried = {step: _held_out(words, step, made_up)[2] for step in LADDER}
+    best = max(tried.values(), key=lambda places: _quality(places, made_up))
+    gains = {step: _gain(best, places, made_up) for step, places in tried.items()}
+    return next(list(step) for step, (gain, error) in gains.items() if gain <= error)
 
 
 def _made_up(words: Sequence[Word], signals: Sequence[str]) -> np.ndarray:
@@ -195,18 +204,16 @@ def _held_out(
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """The best penalty, and each word's logit and place by weights that did not see its fold."""
     standard, folds = _standard(words, signals)[0], _folds(words)
-    best: tuple[float, np.ndarray, np.ndarray] | None = None
-    for penalty in PENALTIES:
-        logits, places = np.zeros(len(words)), np.zeros(len(words))
-        for fold in np.unique(folds):
-            inside = folds == fold
+    logits = {penalty: np.zeros(len(words)) for penalty in PENALTIES}
+    for penalty, held in logits.items():
+        for inside in (folds == fold for fold in np.unique(folds)):
             *weights, bias = _logistic(standard[~inside], made_up[~inside], penalty)
-            logits[inside] = standard[inside] @ np.array(weights) + bias
-            places[inside] = _places(logits[inside], made_up[inside])
-        if best is None or _quality(places, made_up) >= _quality(best[2], made_up):
-            best = penalty, logits, places
-    assert best is not None
-    return best
+            held[inside] = standard[inside] @ np.array(weights) + bias
+    penalty = min(PENALTIES, key=lambda penalty: _log_loss(logits[penalty], made_up))
+    places = np.zeros(len(words))
+    for inside in (folds == fold for fold in np.unique(folds)):
+        places[inside] = _places(logits[penalty][inside], made_up[inside])
+    return penalty, logits[penalty], places
 
 
 def _folds(words: Sequence[Word]) -> np.ndarray:
@@ -233,9 +240,9 @@ def _quality(places: np.ndarray, made_up: np.ndarray) -> float:
     return float(np.nanmean(places[made_up]))
 
 
-def _gain(places: np.ndarray, before: np.ndarray, made_up: np.ndarray) -> tuple[float, float]:
-    """How much AUROC has grown, and DeLong's standard error of that."""
-    more = places - before
+def _gain(places: np.ndarray, others: np.ndarray, made_up: np.ndarray) -> tuple[float, float]:
+    """How much larger the AUROC of `places` is than of `others`, and DeLong's error of that."""
+    more = places - others
     kinds = [kind[~np.isnan(kind)] for kind in (more[made_up], more[~made_up])]
     error = sum(kind.var(ddof=1) / len(kind) for kind in kinds)
     return float(kinds[0].mean()), float(np.sqrt(error))
@@ -259,7 +266,7 @@ def _logistic(x: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
     ridge[-1] = 1e-6
 
     def loss(w: np.ndarray) -> float:
-        return float(np.logaddexp(0, x @ w).sum() - y @ (x @ w) + (ridge * w * w).sum() / 2)
+        return _log_loss(x @ w, y) + float((ridge * w * w).sum() / 2)
 
     weights = np.zeros(x.shape[1])
     for _ in range(100):
@@ -273,6 +280,10 @@ def _logistic(x: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
         if np.abs(size * step).max() < 1e-8:
             break
     return weights
+
+
+def _log_loss(logits: np.ndarray, y: np.ndarray) -> float:
+    return float(np.logaddexp(0, logits).sum() - y @ logits)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

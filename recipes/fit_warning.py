@@ -1,8 +1,8 @@
 """Fit the hallucination warning for a model: on validation scenes, with exact labels.
 
-What it is: the model's own drawn captions and captions with one object swapped, their words read
-and labelled (`labelled_words.py`), and a logistic regression over them. What it is not: the measure
-of how good it is (`evaluate_warning.py`).
+What it is: the model's own captions, greedy and drawn, their words read and labelled
+(`labelled_words.py`), the signals that help on held-out scenes, and a logistic regression over
+them. What it is not: the measure of how good it is (`evaluate_warning.py`).
 
     python -m firsthand.recipes.fit_warning --out recipes/demo_warning.json
     python -m firsthand.recipes.fit_warning --model org/model --out warning.json
@@ -24,7 +24,7 @@ from firsthand.recipes.demo_measure import LEXICON
 from firsthand.recipes.inputs import load_model
 from firsthand.recipes.labelled_words import Source, labelled_words
 
-SOURCES: tuple[Source, ...] = ("drawn", "swapped")
+SOURCES: tuple[Source, ...] = ("own", "drawn")
 
 
 def training_words(
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder of build_scenes; the committed scenes")
     parser.add_argument("--split", default="validation", help="of the scenes")
     parser.add_argument("--count", type=int, default=60, help="scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of drawn and swapped captions")
+    parser.add_argument("--seed", type=int, default=0, help="of drawn captions")
     parser.add_argument("--work", type=Path, default=Path("warning-work"))
     args = parser.parse_args(argv)
     rows = load_scenes(args.split, args.count, args.data)
