@@ -29,7 +29,7 @@ def _log_odds(word: Word) -> float:
 
 def _thirds(layers: Sequence[float]) -> list[float]:
     """Means over the early, middle and late layers."""
-    return [float(np.mean(third)) for third in np.array_split(layers, 3)]
+    return [float(np.mean(third)) for third in np.array_split(layers, min(3, len(layers)))]
 
 
 SIGNALS: dict[str, Callable[[Word], list[float]]] = {
@@ -48,7 +48,7 @@ LADDER = (  # by what they cost: forward passes for probability and for nouns, a
     tuple(SIGNALS),
 )
 LEAST_CHANCE = 1e-6  # of a word and of its opposite, before their logarithm
-PENALTIES = (1.0, 10.0, 100.0, 1000.0)
+PENALTIES = (0.1, 1.0, 10.0, 100.0)
 FOLDS = 5
 LEAST = 5  # words of each kind, to fit anything
 
