@@ -135,7 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scenes_folder", type=Path, help="where splits are, if not committed")
     parser.add_argument("--count", type=int, default=60, help="scenes a split")
     parser.add_argument("--swapped", type=int, default=20, help="scenes a split, captions swapped")
-    parser.add_argument("--fit_count", type=int, default=60, help="validation scenes")
+    parser.add_argument("--fit_count", type=int, default=120, help="validation scenes")
     parser.add_argument("--seed", type=int, default=0, help="of drawn and swapped captions")
     parser.add_argument("--work", type=Path, default=Path("warning-work"))
     parser.add_argument("--out", type=Path, required=True, help="CSV; JSON goes beside it")

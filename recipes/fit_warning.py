@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the warning, a JSON file")
     parser.add_argument("--data", type=Path, help="folder of build_scenes; the committed scenes")
     parser.add_argument("--split", default="validation", help="of the scenes")
-    parser.add_argument("--count", type=int, default=60, help="scenes")
+    parser.add_argument("--count", type=int, default=120, help="scenes")
     parser.add_argument("--seed", type=int, default=0, help="of drawn captions")
     parser.add_argument("--work", type=Path, default=Path("warning-work"))
     args = parser.parse_args(argv)
