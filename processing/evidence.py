@@ -75,9 +75,9 @@ def evidence(
     found = []
     for number, span in enumerate(words):
         row = explanation.selected.index(first[number])
-        said = {"text": shown[number], "span": list(span)}
+        text = shown[number]
+        said: Evidence = {"text": text, "span": list(span), "yes_over_no": odds[text]}
         said |= _likelihood(explanation, tokens_within(explanation.spans, *span))
-        said |= {"yes_over_no": odds[shown[number]]}
         said |= _relevancy(explanation, row, cosines[number], top)
         found.append(said | _attention(rows[number], cosines[number], top))
     return found

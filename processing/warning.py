@@ -135,7 +135,7 @@ def fit(
         ValueError: for unknown signals, or fewer than 5 true or made-up words.
     """
     made_up = _made_up(words, signals)
-    penalty, held, rightly = _held_out(words, signals, made_up)
+    penalty, held, places = _held_out(words, signals, made_up)
     slope, offset = _calibration(held, made_up)
     standard, mean, scale = _standard(words, signals)
     *weights, bias = _logistic(standard, made_up, penalty)
@@ -148,7 +148,7 @@ def fit(
         bias=float(bias * slope + offset),
         threshold=_threshold(_sigmoid(held * slope + offset), made_up),
         protocol=dict(protocol or {})
-        | {"penalty": penalty, "held_out_auroc": _quality(rightly, made_up)},
+        | {"penalty": penalty, "held_out_auroc": _quality(places, made_up)},
     )
 
 
@@ -169,7 +169,8 @@ def choose(words: Sequence[Word]) -> list[str]:
     tried = {step: _held_out(words, step, made_up)[2] for step in LADDER}
     best = max(tried.values(), key=lambda places: _quality(places, made_up))
     gains = {step: _gain(best, places, made_up) for step, places in tried.items()}
-    return next(list(step) for step, (gain, error) in gains.items() if gain <= error)
+    good = [step for step, (gain, error) in gains.items() if gain <= error]
+    return list(good[0] if good else LADDER[0])  # none where too few words leave no error to tell
 
 
 def _made_up(words: Sequence[Word], signals: Sequence[str]) -> np.ndarray:

@@ -7,7 +7,8 @@ them. What it is not: the measure of how good it is (`evaluate_warning.py`).
     python -m firsthand.recipes.fit_warning --out recipes/demo_warning.json
     python -m firsthand.recipes.fit_warning --model org/model --out warning.json
 
-Finished captions are kept in `--work`; the same call goes on after a stop.
+Finished captions are kept in `--work`, one folder for one model and one `--data`; the same call
+goes on after a stop.
 """
 
 from __future__ import annotations

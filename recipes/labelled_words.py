@@ -47,7 +47,7 @@ def labelled_words(
     """The object words of one caption a scene.
 
     Args:
-        work: folder of finished captions; one folder for one model.
+        work: folder of finished captions; one folder for one model and one folder of scenes.
         model, processor: whose captions and whose evidence.
         split: the scenes' name, for files and rows.
         rows: the scenes.
