@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .families import unwrap
+from .placement import offloaded
 
 FEW = 0.1  # share of the vocabulary above which picking rows of the head costs more than it saves
 
@@ -136,7 +137,7 @@ class _Mix(LogitsProcessor):
     @contextmanager
     def watching(self, head: Any) -> Iterator[None]:
         """Hooks on the language head while tokens are made; none where they could save nothing."""
-        if type(head) is not nn.Linear or self.contrast.beta == 0:
+        if type(head) is not nn.Linear or offloaded(head) or self.contrast.beta == 0:
             yield
             return
         self.head = head

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .families import decoder_layers, final_norm
+from .placement import device_of
 
 
 @contextmanager
@@ -63,8 +64,8 @@ def logit_lens(
     chances: dict[str, list[torch.Tensor]] = {name: [] for name in texts}
     for state in states:
         for name in texts:
-            hidden = norm(state.to(norm.weight.device)) if name == "lens_normed" else state
-            logits = head(hidden.to(head.weight.device, head.weight.dtype)).float()
+            hidden = norm(state.to(device_of(norm))) if name == "lens_normed" else state
+            logits = head(hidden.to(device_of(head), model.dtype)).float()
             logits = logits if cap is None else cap * torch.tanh(logits / cap)
             probability, token = logits.softmax(-1).max(-1)
             texts[name].append([str(tokenizer.decode([t])) for t in token.tolist()])

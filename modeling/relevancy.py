@@ -36,6 +36,7 @@ from .families import (
 )
 from .image_baselines import Baseline, baseline_image
 from .logit_lens import layer_states, logit_lens
+from .placement import input_device
 from .relevancy_attention import Backend, Recorder, recording
 from .relevancy_layout import Layout, layout_of
 from .relevancy_vision import entering_queries, patch_relevancy, patch_spread
@@ -124,7 +125,7 @@ class _Asked:
 def _inputs(
     model: PreTrainedModel, processor: ProcessorMixin, image: Any, question: str
 ) -> BatchFeature:
-    """What the model reads of the prompt, one row, on the model's device in its dtype."""
+    """What the model reads of the prompt, one row, where it reads it and in its dtype."""
     if processor.chat_template is None:
         raise ValueError("The processor has no chat template. Set processor.chat_template first.")
     content: Any = [{"type": "image"}, {"type": "text", "text": question}]
@@ -133,7 +134,7 @@ def _inputs(
     )
     inputs = processor(images=[[image]], text=[prompt], return_tensors="pt")
     inputs.pop("labels", None)
-    return inputs.to(model.device, model.dtype)
+    return inputs.to(input_device(model), model.dtype)
 
 
 def _answer_ids(

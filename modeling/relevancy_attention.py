@@ -26,6 +26,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from .families import decoder_layers, query_layers, vision_layers
+from .placement import recomputed
 
 Backend = Literal["streaming", "eager"]
 NAME = "firsthand_relevancy"
@@ -76,6 +77,7 @@ class Recorder:
     ):
         towers = {"text": decoder_layers(model), "vision": vision_layers(model)}
         towers["qformer"] = query_layers(model)
+        self.layers = [layer for layers in towers.values() for layer in layers]
         self.keeps = len(towers["qformer"]) > 0
         self.tower_of = {m: tower for tower, layers in towers.items() for m in layers.modules()}
         self.layer_of = {m: i for i, layer in enumerate(towers["text"]) for m in layer.modules()}
@@ -95,6 +97,17 @@ class Recorder:
         self.ends[module] = start + length
         first = min(self.layer_of.get(module, 0), self.count - 1)
         return Call(module, self.tower_of[module], slice(start, start + length), first)
+
+    @contextmanager
+    def running(self, layer: nn.Module) -> Iterator[None]:
+        """`layer` runs, perhaps once more in backward: its calls are counted anew, and recorded."""
+        for module in layer.modules():
+            self.ends.pop(module, None)
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
 
     def begin(self, position: int, length: int) -> None:
         """Start over: all relevancy lies at `position` of a sequence of `length`."""
@@ -153,7 +166,8 @@ def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
     token = _ACTIVE.set(recorder)
     try:
         model.set_attn_implementation(NAME)
-        yield
+        with recomputed(recorder.layers, recorder.running):
+            yield
     finally:
         model.set_attn_implementation(before)
         _ACTIVE.reset(token)

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .families import decoder_layers, steered_modules, unwrap, vision_layers, vision_row
+from .placement import device_of
 from .steering_gate import SupportGate
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "steering.safetensors", "steering_config.json", "README.md"
@@ -429,7 +430,7 @@ class Steering:
         modules = steered_modules(model) if layers else []
         mlps = {layer: vision_mlp(model, layer) for layer in vector.vision}
         first = modules[layers[0]] if layers else next(iter(mlps.values()))
-        self._strength = torch.tensor(float(strength), device=next(first.parameters()).device)
+        self._strength = torch.tensor(float(strength), device=device_of(first))
         self.gate = None if vector.gate is None else SupportGate(model, layers, vector.gate)
         self._handles = []
         for layer in layers:
@@ -441,8 +442,7 @@ class Steering:
             self._handles.append(mlp.register_forward_hook(hook))
 
     def _shift(self, module: nn.Module, direction: torch.Tensor) -> tuple[Any, ...]:
-        device = next(module.parameters()).device
-        return direction.to(device), self._strength, self.vector.mode
+        return direction.to(device_of(module)), self._strength, self.vector.mode
 
     @property
     def strength(self) -> float:

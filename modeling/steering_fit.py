@@ -29,6 +29,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils.logging import tqdm
 
 from .families import decoder_layers, family_of, steered_modules, unwrap
+from .placement import input_device
 from .steering import SteeringVector, check_layers
 
 KEYS = ("image", "question", "answer")
@@ -407,7 +408,7 @@ def mean_states(
 
     handles = [modules[layer].register_forward_hook(keep(layer)) for layer in layers]
     try:
-        base.base_model(**BatchFeature(inputs).to(base.device, base.dtype))
+        base.base_model(**BatchFeature(inputs).to(input_device(base), base.dtype))
     finally:
         for handle in handles:
             handle.remove()

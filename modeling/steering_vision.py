@@ -21,6 +21,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils.logging import tqdm
 
 from .families import unwrap, vision_layers
+from .placement import input_device
 from .steering import SteeringVector, check_encoder
 from .steering_fit import VTI_ANGLE, evaluating, prompt_inputs
 
@@ -112,7 +113,7 @@ def _image_inputs(model: nn.Module, processor: ProcessorMixin, image: Any) -> di
     base: Any = unwrap(model)
     inputs = prompt_inputs(processor, image, "What?")
     shown = {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
-    return dict(BatchFeature(shown).to(base.device, base.dtype))
+    return dict(BatchFeature(shown).to(input_device(base), base.dtype))
 
 
 def _difference(

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import decoder_layers, steered_modules, unwrap
+from .placement import offloaded
 from .steering import SteeringVector, check_layers, check_strength
 
 BIAS_FIELDS = {"llama": "mlp_bias"}  # text model type -> config field that gives its MLPs biases
@@ -99,6 +100,11 @@ def _last_linear(module: nn.Module) -> nn.Linear:
         raise ValueError(
             f"Cannot edit the weights of {type(module).__name__}: its output is not that of one "
             "plain linear layer (norms and quantised layers have none). Use attach_steering."
+        )
+    if offloaded(linear):
+        raise ValueError(
+            "Cannot edit weights that are offloaded (device_map): load the model into memory, or use "
+            "attach_steering."
         )
     return linear
 
