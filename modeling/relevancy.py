@@ -232,6 +232,7 @@ def _rows(
     watched = layer_states(model, asked.positions if layers else asked.positions[:0])
     with recording(model, recorder), entering_queries(model) as queries, watched as states:
         logits = _logits(model, asked, pixel_values=pixels)
+        recorder.check()
         for index in selected:
             at = int(asked.positions[index])
             recorder.begin(at, len(asked.image))

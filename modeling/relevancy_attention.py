@@ -31,7 +31,10 @@ from .placement import recomputed
 Backend = Literal["streaming", "eager"]
 NAME = "firsthand_relevancy"
 REFUSED = ("s_aux", "position_bias")
-CHUNK_ELEMENTS = 2**22  # of one recomputed piece of attention maps, 16 MB in float32
+# Of one recomputed piece of attention maps: 2 MB in float32 stay in a CPU's cache; 16 MB elsewhere,
+# where starting many small operations costs more.
+CHUNK_ELEMENTS = {"cpu": 2**19}
+LARGE_CHUNK = 2**22
 
 
 class Scaling(NamedTuple):
@@ -114,6 +117,17 @@ class Recorder:
         self.rows = {"text": torch.zeros(self.count, length, dtype=torch.float32)}
         self.rows["text"][:, position] = 1
         self.bars = {}
+
+    def check(self) -> None:
+        """Raise ValueError where a forward pass left out decoder layers: their part would be 0."""
+        called = {self.layer_of.get(module) for module in self.ends}
+        missing = sorted({*self.layer_of.values()} - called)
+        if missing:
+            raise ValueError(
+                f"No gradients flow through attention in decoder layers {missing}. 4-bit weights "
+                "give none on a CPU once a pass without gradients has packed them (generate does): "
+                "load the model anew, and pass the answer."
+            )
 
     def start(self, call: Call, device: torch.device) -> torch.Tensor | None:
         """The rows that A_bar of this call is multiplied with, [k, n], or None where it is kept."""
@@ -325,7 +339,8 @@ class _Streaming(torch.autograd.Function):
         rows = recorder.start(call, q.device) if follows else None
         size = length if rows is None else len(rows)
         change = torch.zeros(size, keys, dtype=torch.float32, device=q.device)
-        step = max(1, CHUNK_ELEMENTS // (split[1] * length * keys))
+        elements = CHUNK_ELEMENTS.get(q.device.type, LARGE_CHUNK)
+        step = max(1, elements // (split[1] * length * keys))
         for part in (slice(start, start + step) for start in range(0, key_heads, step)):
             pieces, product = _backward(q[part], k[part], v[part], g[part], mask, ctx.scaling)
             for whole, piece in zip(grads, pieces, strict=True):
@@ -353,11 +368,11 @@ def _backward(
     q, k, v, g = (x.to(precise) for x in (q, k, v, g))
     scores = _scores(q, k, scaling)
     weights = _softmax(scores, mask)
-    product = weights * (g @ v.transpose(-1, -2))
-    grads = (product - weights * product.sum(-1, keepdim=True)) * scaling.scale
+    product = (g @ v.transpose(-1, -2)).mul_(weights)
+    grad_v = (weights.transpose(-1, -2) @ g).sum(1, keepdim=True)
+    grads = weights.mul_(product.sum(-1, keepdim=True)).neg_().add_(product).mul_(scaling.scale)
     if scaling.softcap is not None:
-        grads = grads * (1 - (scores / scaling.softcap) ** 2)
+        grads *= 1 - (scores / scaling.softcap) ** 2
     grad_q = grads @ k
     grad_k = (grads.transpose(-1, -2) @ q).sum(1, keepdim=True)
-    grad_v = (weights.transpose(-1, -2) @ g).sum(1, keepdim=True)
     return (grad_q, grad_k, grad_v), product

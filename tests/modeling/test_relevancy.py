@@ -51,7 +51,7 @@ def explanation(family, processor):
 
 
 def test_heads_in_several_pieces_equal_one_piece(model, processor, explanation, monkeypatch):
-    monkeypatch.setattr("firsthand.modeling.relevancy_attention.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("firsthand.modeling.relevancy_attention.CHUNK_ELEMENTS", {"cpu": 1})
     pieces = explain(model, processor, tiny_image(3), QUESTION, ANSWER)
     assert torch.allclose(pieces.patches, explanation.patches, rtol=1e-5, atol=1e-9)
 
