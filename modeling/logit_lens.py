@@ -65,7 +65,7 @@ def logit_lens(
     for state in states:
         for name in texts:
             hidden = norm(state.to(device_of(norm))) if name == "lens_normed" else state
-            logits = head(hidden.to(device_of(head), model.dtype)).float()
+            logits = head(hidden.to(device_of(head), state.dtype)).float()
             logits = logits if cap is None else cap * torch.tanh(logits / cap)
             probability, token = logits.softmax(-1).max(-1)
             texts[name].append([str(tokenizer.decode([t])) for t in token.tolist()])

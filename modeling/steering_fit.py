@@ -408,7 +408,8 @@ def mean_states(
 
     handles = [modules[layer].register_forward_hook(keep(layer)) for layer in layers]
     try:
-        base.base_model(**BatchFeature(inputs).to(input_device(base), base.dtype))
+        given = BatchFeature(inputs).to(input_device(base), base.dtype)
+        base.base_model(**given, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

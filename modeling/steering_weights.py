@@ -103,8 +103,8 @@ def _last_linear(module: nn.Module) -> nn.Linear:
         )
     if offloaded(linear):
         raise ValueError(
-            "Cannot edit weights that are offloaded (device_map): load the model into memory, or use "
-            "attach_steering."
+            "Cannot edit weights that are offloaded (device_map): load the model into memory, or "
+            "use attach_steering."
         )
     return linear
 
