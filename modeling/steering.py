@@ -26,12 +26,13 @@ from typing import Any, Self
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import CommitInfo, HfApi, ModelCardData, hf_hub_download
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .families import decoder_layers, steered_modules, unwrap, vision_layers, vision_row
 from .placement import device_of
+from .steering_card import steering_card
 from .steering_gate import SupportGate
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "steering.safetensors", "steering_config.json", "README.md"
@@ -169,7 +170,7 @@ class SteeringVector:
         settings = {k: v for k, v in vars(self).items() if k not in TOWERS}
         settings |= {"layers": self.layers, "hidden_size": self.hidden_size}
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        (folder / CARD_NAME).write_text(_card(self, str(folder)))
+        (folder / CARD_NAME).write_text(steering_card(self, str(folder)))
 
     @classmethod
     def from_pretrained(
@@ -201,7 +202,7 @@ class SteeringVector:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            (Path(folder) / CARD_NAME).write_text(_card(self, repo_id))
+            (Path(folder) / CARD_NAME).write_text(steering_card(self, repo_id))
             return api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message="Upload steering vector"
             )
@@ -240,38 +241,6 @@ def _file(name_or_path: str | Path, name: str, revision: str | None, token: str 
             f"{folder} holds no {name}. Write a vector there with SteeringVector.save_pretrained."
         )
     return folder / name
-
-
-def _card(vector: SteeringVector, location: str) -> str:
-    on_hub = vector.base_model.count("/") == 1 and not Path(vector.base_model).exists()
-    data = ModelCardData(
-        base_model=vector.base_model if on_hub else None,
-        library_name="firsthand",
-        tags=["steering", "vision-language"],
-    )
-    gate = "every position" if vector.gate is None else f"visual support below {vector.gate:g}"
-    return f"""---
-{data.to_yaml()}
----
-
-# Steering vector
-
-Directions for the MLP outputs of {len(vector.layers)} decoder and {len(vector.vision)} encoder
-layers of `{vector.base_model or "a vision-language model"}`, fitted by `{vector.method}` on
-{vector.pairs} contrast pairs (seed {vector.seed}). Default strength {vector.strength:g}, mode
-`{vector.mode}`, at {gate}; strength 0 leaves the model bit-identical.
-
-```python
-from firsthand.modeling import SteeringVector, attach_steering
-
-vector = SteeringVector.from_pretrained("{location}")
-with attach_steering(model, vector):
-    model.generate(**inputs)
-```
-
-Decoder layers: {", ".join(map(str, vector.layers)) or "none"}. Encoder layers:
-{", ".join(map(str, vector.vision)) or "none"}. Hidden size: {vector.hidden_size}.
-"""
 
 
 def check_strength(strength: float) -> None:
