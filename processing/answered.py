@@ -18,6 +18,7 @@ from torch import nn
 
 from firsthand.modeling.explanation import token_spans, tokens_within
 from firsthand.modeling.families import check_causal, unwrap
+from firsthand.modeling.placement import input_device
 from firsthand.processing.generation import build_prompt, prepare_inputs
 
 
@@ -77,7 +78,7 @@ def forced(model: nn.Module, processor: Any, image: Any, question: str, answer: 
         raise ValueError("the processor and its tokenizer do not agree on the answer's tokens")
     limit, inner = len(answer), unwrap(model)
     kept = [(max(spans[i][0], 0), min(spans[i][1], limit)) for i in inside]
-    return Answered(inputs.to(inner.device, inner.dtype), answer, kept, inside[0] + moved)
+    return Answered(inputs.to(input_device(inner), inner.dtype), answer, kept, inside[0] + moved)
 
 
 def _conversation(processor: Any, question: str, answer: str) -> str:
@@ -99,7 +100,7 @@ def generated(
     check_causal(model, "reading an answer behind its prompt")
     inner: Any = unwrap(model)
     inputs = prepare_inputs(processor, [{"image": image, "question": question}])
-    inputs = inputs.to(inner.device, inner.dtype)
+    inputs = inputs.to(input_device(inner), inner.dtype)
     said = inner.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     first = inputs["input_ids"].shape[1]
     ids = said[0, first:].tolist()

@@ -23,6 +23,7 @@ from transformers import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from firsthand.modeling.families import FAMILIES, unwrap
+from firsthand.modeling.placement import input_device
 from firsthand.processing.sampling import RowDraws
 
 CACHED_BYTES = 2**29  # of image features that are kept for further questions
@@ -146,7 +147,7 @@ def _inputs(
 ) -> Any:
     """Prepared inputs of one batch, its images encoded where `features` can share them."""
     inner = unwrap(model)
-    inputs = prepare(processor, rows, inner.device)
+    inputs = prepare(processor, rows, input_device(inner))
     inputs["pixel_values"] = inputs["pixel_values"].to(inner.dtype)
     plain = set(inputs) == PLAIN_INPUTS and len(inputs["pixel_values"]) == len(rows)
     if features is not None and plain:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from firsthand.modeling.families import image_grids
+from firsthand.modeling.placement import input_device
 from firsthand.modeling.vision_modeling import vision_logits
 from firsthand.processing import masks
 from firsthand.processing.generation import one_view, prepare_inputs
@@ -72,7 +73,7 @@ class VisionLogits:
     def word_maps(self, image: Image.Image) -> torch.Tensor:
         """What each image token says: probabilities over the vocabulary, float32 [R, C, V]."""
         row = {"image": image, "question": QUESTION}
-        inputs = prepare_inputs(self.processor, [row], self.model.device)
+        inputs = prepare_inputs(self.processor, [row], input_device(self.model))
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         (grid,) = image_grids(self.model.config, inputs)
         return vision_logits(self.model, **inputs)[0].float().softmax(-1).view(*grid, -1).cpu()

@@ -23,6 +23,7 @@ from PIL import Image
 
 from firsthand.metrics.results import protocol, result_rows, table, write_results
 from firsthand.modeling.families import image_grids, unwrap
+from firsthand.modeling.placement import input_device
 from firsthand.modeling.vision_modeling import vision_logits
 from firsthand.processing.generation import one_view, prepare_inputs
 from firsthand.processing.masks import encode, frame_of, patch_coverage
@@ -64,7 +65,7 @@ def read_image(
     """Vision logits [R * C, V] of one image, and (R, C)."""
     inner = unwrap(model)
     inputs = prepare_inputs(processor, [{"image": image, "question": QUESTION}])
-    inputs = inputs.to(inner.device, inner.dtype)
+    inputs = inputs.to(input_device(inner), inner.dtype)
     return vision_logits(model, **inputs)[0], image_grids(inner.config, inputs)[0]
 
 

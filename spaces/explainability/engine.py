@@ -23,6 +23,7 @@ from torch import nn
 from firsthand.modeling.explanation import Explanation, tokens_within
 from firsthand.modeling.families import decoder_layers, unwrap
 from firsthand.modeling.head_attention import head_attention
+from firsthand.modeling.placement import input_device
 from firsthand.modeling.relevancy import explain
 from firsthand.modeling.steering import SteeringVector, attach_steering
 from firsthand.processing.answered import forced
@@ -173,7 +174,7 @@ class Engine:
         settings = {"do_sample": False, "num_beams": beams} | drawn
         with torch.no_grad():
             said = self.model.generate(
-                **inputs.to(inner.device, inner.dtype),
+                **inputs.to(input_device(inner), inner.dtype),
                 max_new_tokens=self.max_new_tokens,
                 **settings,
             )
