@@ -211,7 +211,7 @@ def opened_model(name: str | None) -> tuple[Any, Any]:
 
     from firsthand.processing.generation import one_view
 
-    model, processor = load_model(name)
+    model, processor = load_model(name, place=False)
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
         model = model.to(f"{device}:{os.environ.get('LOCAL_RANK', 0)}")

@@ -160,17 +160,23 @@ def keep_skipped(folder: str | Path, skipped: list[dict[str, Any]], total: int) 
         print(f"{len(skipped)} of {total} rows are left out: see skipped.jsonl in {folder}")
 
 
-def load_model(name: str | None) -> tuple[Any, Any]:
+def load_model(name: str | None, place: bool = True) -> tuple[Any, Any]:
     """A supported model in eval mode and its processor; None loads the demo model.
 
     No code of the checkpoint runs: backbones that transformers lacks load with the classes here.
+    Where there are accelerators and `place` is set, `device_map="auto"` lays it out on them;
+    trainers, which place it themselves, want it on the CPU.
 
     Raises ValueError where the name is no checkpoint, or its family is not supported.
     """
+    import torch
+
+    placed = place and torch.accelerator.is_available()
     if name is None:
         from firsthand.recipes.demo_model import load_demo_model
 
-        return load_demo_model()
+        model, processor = load_demo_model()
+        return model.to(torch.accelerator.current_accelerator()) if placed else model, processor
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from firsthand.modeling.backbones import backbone_classes
@@ -181,7 +187,8 @@ def load_model(name: str | None) -> tuple[Any, Any]:
         if ours is None:
             family_of(AutoConfig.from_pretrained(name))
         loader, processor = ours or (AutoModelForImageTextToText, AutoProcessor)
-        model = loader.from_pretrained(name, dtype="auto").eval()
+        layout = {"device_map": "auto"} if placed else {}
+        model = loader.from_pretrained(name, dtype="auto", **layout).eval()
         # without its config, a tokenizer asks whether it may run the checkpoint's code to read one
         return model.requires_grad_(False), processor.from_pretrained(name, config=model.config)
     except (OSError, ValueError, KeyError) as error:

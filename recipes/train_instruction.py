@@ -220,7 +220,7 @@ def run(recipe: RecipeArguments, settings: InstructionConfig) -> Trainer:
         keep_skipped(str(settings.output_dir), skipped, len(rows))
         negative = sum(polarities[number] == "negative" for number in numbers)
         print(f"training on {len(used)} rows, {negative} of them negative")
-    model, processor = load_model(recipe.model)
+    model, processor = load_model(recipe.model, place=False)
     model = trainable(model, recipe)
     set_precision(model, settings.bf16)
     trainer = Trainer(

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     check_adapters(args.adapter)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"{args.out} is not empty; choose another folder for the merged model")
-    model, processor = load_model(args.model)
+    model, processor = load_model(args.model, place=False)
     merge(model, args.adapter).save_pretrained(args.out)
     processor.save_pretrained(args.out)
     print(f"merged model and processor: {args.out}")

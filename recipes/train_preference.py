@@ -198,7 +198,7 @@ def run(recipe: RecipeArguments, settings: SharedImageDPOConfig) -> DPOTrainer:
     if recipe.stock:
         check_stock(settings, rows)
     check_adapters(recipe.start or [])
-    model, processor = load_model(recipe.model)
+    model, processor = load_model(recipe.model, place=False)
     context = model.config.get_text_config().max_position_embeddings
     limit = min(settings.max_length or context, context)
     kept, skipped = usable_rows(rows, problems(processor, limit))

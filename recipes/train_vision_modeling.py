@@ -177,7 +177,7 @@ def run(recipe: RecipeArguments, settings: VisionModelingConfig) -> VisionModeli
     kept, skipped = usable_rows(samples, problem)
     if settings.should_save:
         keep_skipped(str(settings.output_dir), skipped, len(samples))
-    model, processor = load_model(recipe.model)
+    model, processor = load_model(recipe.model, place=False)
     model = with_head(model, recipe.vision_head)
     collator = VisionLabelCollator(
         one_view(processor), model.config, recipe.frame, recipe.threshold, recipe.max_area,  # type: ignore[arg-type]

@@ -210,7 +210,7 @@ def test_bad_rows_are_listed_before_training(saved, tmp_path, monkeypatch):
     table[6] |= {"image": {"bytes": b"torn", "path": None}}
     Dataset.from_list(table, features=FEATURES).to_parquet(tmp_path / "bad.parquet")
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recipe, "load_model", stop)
