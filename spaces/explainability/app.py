@@ -60,9 +60,13 @@ def load_engine(name: str, settings: dict[str, Any]) -> Engine:
         return Engine(model, processor, vector, load_vision_model()[0], bound)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from firsthand.modeling.backbones import backbone_classes
+
+    loader, reader = backbone_classes(name) or (AutoModelForImageTextToText, AutoProcessor)
     device = "cuda" if "SPACES_ZERO_GPU" in os.environ else "auto"
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map=device)
-    return Engine(model.eval(), AutoProcessor.from_pretrained(name), vector, None, bound)
+    model = loader.from_pretrained(name, dtype="auto", device_map=device)
+    processor = reader.from_pretrained(name, config=model.config)
+    return Engine(model.eval(), processor, vector, None, bound)
 
 
 def steering(place: str | None) -> SteeringVector | None:
