@@ -105,6 +105,8 @@ def differences(
 ) -> list[dict]:
     """Result rows of a - b, resampled together; an arm of one seed meets every seed of the other.
 
+    Scenes are paired, not their rows: a figure may leave out other answers of each arm.
+
     Raises:
         ValueError: where both have several seeds, but not as many.
     """
@@ -115,17 +117,23 @@ def differences(
     return [
         results.result_row(
             name,
-            results.paired_difference(
-                one[name]["columns"], other[name]["columns"], results.ratio,
-                groups=one[name]["groups"],
-            ),
+            results.paired_difference(*_by_scene(one[name], other[name]), results.ratio),
             len(one[name]["columns"]),
             arm=arm,
             split=split,
             protocol=protocol,
         )
         for name in one
-    ]  # fmt: skip
+    ]
+
+
+def _by_scene(a: dict[str, list], b: dict[str, list]) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of both, [scenes, 2], summed over each scene's rows."""
+    number = {scene: i for i, scene in enumerate(dict.fromkeys(a["groups"] + b["groups"]))}
+    totals = np.zeros((2, len(number), 2))
+    for side, found in zip(totals, (a, b), strict=True):
+        np.add.at(side, [number[scene] for scene in found["groups"]], found["columns"])
+    return totals[0], totals[1]
 
 
 def part(

@@ -1,8 +1,9 @@
 """A study's arithmetic: arms of several seeds, their differences, and the critic's accuracy."""
 
+import numpy as np
 import pytest
 
-from firsthand.metrics import chair
+from firsthand.metrics import chair, results
 from firsthand.recipes import critic_accuracy, study
 from firsthand.recipes.scorers import ChairScorer
 
@@ -22,6 +23,21 @@ def test_an_arm_of_one_seed_meets_every_seed_of_the_other():
     assert turned["value"] == -found["value"]
     with pytest.raises(ValueError, match="3 and 2 seeds cannot be paired"):
         study.differences([*seeds, arm(1, 1)], seeds, "x", "test", PROTOCOL)
+
+
+def test_scenes_are_paired_where_arms_leave_out_different_rows():
+    rng = np.random.default_rng(0)
+    groups = [f"s{i // 3}" for i in range(30)]
+    a, b = ({"columns": rng.integers(0, 3, (30, 2)) + [0, 1], "groups": groups} for _ in range(2))
+    parts = [{"recall": {"columns": x["columns"].tolist(), "groups": groups}} for x in (a, b)]
+    found = study.differences(parts[:1], parts[1:], "a - b", "test", PROTOCOL)[0]
+    rows = results.paired_difference(a["columns"], b["columns"], results.ratio, groups=groups)
+    assert (found["value"], found["low"], found["high"]) == pytest.approx(rows)
+    fewer = {"recall": {"columns": parts[1]["recall"]["columns"][4:], "groups": groups[4:]}}
+    found = study.differences(parts[:1], [fewer], "a - b", "test", PROTOCOL)[0]
+    ratios = [sum(x) / sum(y) for x, y in (a["columns"].T, b["columns"][4:].T)]
+    assert found["value"] == pytest.approx(ratios[0] - ratios[1])
+    assert found["low"] < found["value"] < found["high"]
 
 
 def test_a_part_that_was_measured_is_not_measured_again(tmp_path, monkeypatch):
