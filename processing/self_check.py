@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from firsthand.modeling.families import unwrap
+from firsthand.modeling.placement import input_device
 from firsthand.processing.generation import PLAIN_INPUTS, prepare_inputs, shared_features
 
 YES, NO = ("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no")
@@ -57,7 +58,7 @@ def yes_over_no(
     features, found = shared_features(inner), {}
     for noun in dict.fromkeys(nouns):
         asked = {"image": image, "question": existence_question(noun.lower())}
-        inputs = prepare_inputs(processor, [asked]).to(inner.device, inner.dtype)
+        inputs = prepare_inputs(processor, [asked]).to(input_device(inner), inner.dtype)
         if features is not None and set(inputs) == PLAIN_INPUTS:
             pixels = inputs.pop("pixel_values")
             inputs["mm_encoder_outputs"] = features.outputs(["image"], pixels)
