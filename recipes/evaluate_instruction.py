@@ -24,6 +24,7 @@ from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS
 from firsthand.recipes.measure_gavie import SCENE_WORDS, scene_objects
 from firsthand.recipes.study import Measured, measured
 
+DRAWN = ("denied_absent", "denied_existing", "accuracy_absent", "accuracy_existing")
 PRESUMING = ("Where is the {}?", "What color is the {}?")  # as the demo model was asked, too
 
 Row = dict[str, Any]
@@ -95,4 +96,4 @@ def answered(model: Any, processor: Any, rows: list[Row], seed: int) -> Measured
 
 
 if __name__ == "__main__":
-    study.run(study.parse(None, "Measure arms that were trained on instructions."), answered)
+    study.run(study.parse(None, "Measure arms that were trained on instructions."), answered, DRAWN)

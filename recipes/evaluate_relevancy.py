@@ -6,7 +6,9 @@ and layers at the same position) and, as the control, against the mask of an obj
 before (arm `shuffled`). What it is not: a choice of heads (`firsthand explain heads`).
 
     python -m firsthand.recipes.evaluate_relevancy --split test --split test_unseen \
-        --out docs/results/relevancy.csv
+        --scenes_folder photo_scenes --split test_photo --out docs/results/relevancy.csv
+
+A split that is not committed is read from `--scenes_folder`.
 
 It reads the same words as `evaluate_warning.py`, and in the same `--work` reads them once.
 """
@@ -23,7 +25,7 @@ from firsthand.datasets_scripts.scenes import scenes
 from firsthand.metrics import results
 from firsthand.processing.head_statistics import statistics
 from firsthand.processing.masks import decode, frame_of
-from firsthand.recipes.demo_data import load_scenes
+from firsthand.recipes.demo_data import SCENES, load_scenes
 from firsthand.recipes.demo_measure import LEXICON
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS, write_csv
 from firsthand.recipes.grounded import seen_coverage
@@ -93,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure relevancy maps against masks.")
     parser.add_argument("--split", action="append", required=True)
     parser.add_argument("--count", type=int, default=60, help="scenes a split")
+    parser.add_argument("--scenes_folder", type=Path, help="where splits are, if not committed")
     parser.add_argument("--work", type=Path, default=Path("warning-work"))
     parser.add_argument("--out", type=Path, required=True, help="CSV; JSON goes beside it")
     args = parser.parse_args(argv)
@@ -101,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(None)
     found: list[Row] = []
     for split in args.split:
-        rows = load_scenes(split, args.count)
+        folder = SCENES if (SCENES / split).exists() else args.scenes_folder
+        rows = load_scenes(split, args.count, folder)
         words = labelled_words(args.work, model, processor, split, rows, "own")
         protocol = results.protocol(
             [row["id"] for row in rows], prompt=scenes.CAPTION_QUESTION,

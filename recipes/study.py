@@ -25,6 +25,7 @@ import torch
 from firsthand.datasets_scripts.scenes import scenes
 from firsthand.metrics import chair, pope, results, visual_reliance
 from firsthand.processing.generation import generate_answers
+from firsthand.processing.overlays import bars
 from firsthand.recipes import demo_data, demo_measure, demo_model, demo_rows
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS, write_csv
 
@@ -168,9 +169,24 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def chart(found: list[dict], metrics: Sequence[str]) -> str:
+    """Figures from 0 to 1 of every arm, a block of bars each on each split, as SVG."""
+    groups: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for row in found:
+        if row["metric"] in metrics and not {",", " "} & set(row["arm"]):  # no seed, no difference
+            ends = (row["value"], row["low"], row["high"])
+            groups.setdefault(f"{row['metric']}, {row['split']}", {})[row["arm"]] = ends
+    return bars(groups, maximum=1.0)
+
+
 @torch.no_grad()
-def run(args: argparse.Namespace, measure: Measure = answer_measures) -> None:
-    """Measure all arms on all splits, and write what was found after each split."""
+def run(
+    args: argparse.Namespace, measure: Measure = answer_measures, drawn: Sequence[str] = ()
+) -> None:
+    """Measure all arms on all splits, and write what was found after each split.
+
+    The metrics `drawn` are charted in an SVG beside the CSV.
+    """
     args.work.mkdir(parents=True, exist_ok=True)
     arms: dict[str, list[str | None]] = {"plain": [None]}
     arms |= {name: list(where.split(",")) for name, where in (a.split("=") for a in args.arm)}
@@ -198,6 +214,8 @@ def run(args: argparse.Namespace, measure: Measure = answer_measures) -> None:
             found += differences(whole[a], whole[b], f"{a} - {b}", split, protocol)
         write_csv(args.out, found)
         results.write_results(args.out.with_suffix(".json"), found)
+        if drawn:
+            args.out.with_suffix(".svg").write_text(chart(found, drawn), "utf-8")
     print(results.table([r for r in found if "seed" not in r["arm"]]))
 
 

@@ -104,9 +104,12 @@ def test_arms_are_asked_once_and_compared(tmp_path, monkeypatch):
     command += ["--compare", "neg50-neg0", "--count", str(COUNT), "--work", str(tmp_path / "work")]
     for name in ("one.csv", "two.csv"):
         args = study.parse([*command, "--out", str(tmp_path / name)], "instructions")
-        study.run(args, evaluate_instruction.answered)
+        study.run(args, evaluate_instruction.answered, evaluate_instruction.DRAWN)
     assert asked == [None, "a", "a", "b", "b"]
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    drawn = (tmp_path / "two.svg").read_text()
+    assert drawn.count(">neg50</text>") == 1 and "seed" not in drawn and "neg50 - neg0" not in drawn
+    assert all(f">{metric}, test</text>" in drawn for metric in evaluate_instruction.DRAWN)
     with (tmp_path / "one.csv").open() as file:
         rows = {(r["arm"], r["metric"]): r for r in csv.DictReader(file)}
     assert float(rows["neg50 - neg0", "accuracy_absent"]["value"]) == 1.0
