@@ -138,14 +138,17 @@ def _problem(row: Row) -> str | None:
     return None
 
 
-def _inputs(
+def shared_inputs(
     model: Any,
     processor: Any,
     rows: list[Row],
     features: ImageFeatures | None,
     prepare: Callable[..., Any] = prepare_inputs,
 ) -> Any:
-    """Prepared inputs of one batch, its images encoded where `features` can share them."""
+    """Prepared inputs of one batch where the model reads them, in its dtype.
+
+    Rows have `image_id`; their images are encoded once where `features` can share them.
+    """
     inner = unwrap(model)
     inputs = prepare(processor, rows, input_device(inner))
     inputs["pixel_values"] = inputs["pixel_values"].to(inner.dtype)
@@ -173,7 +176,7 @@ def _answer(
 ) -> list[str]:
     """The answers to one batch of rows."""
     prepare = settings.get("prepare", prepare_inputs)
-    inputs = _inputs(model, processor, rows, features, prepare)
+    inputs = shared_inputs(model, processor, rows, features, prepare)
     drawn = {name: settings[name] for name in DRAWN if name in settings}
     draws = RowDraws([row.get("seed") for row in rows], **drawn)
     rest = {name: value for name, value in settings.items() if name not in OURS}
@@ -286,7 +289,7 @@ def next_token_log_probabilities(
     with tqdm(total=total, desc="choosing", unit="row") as bar:
         while batch := list(islice(source, batch_size)):
             wanted = [[_token_after(processor, r["start"], o) for o in options] for r in batch]
-            inputs = _inputs(model, processor, batch, features)
+            inputs = shared_inputs(model, processor, batch, features)
             logits = model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
             bar.update(len(batch))
             yield from logits.gather(-1, torch.tensor(wanted, device=logits.device)).tolist()

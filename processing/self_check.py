@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 from firsthand.modeling.families import unwrap
-from firsthand.modeling.placement import input_device
-from firsthand.processing.generation import PLAIN_INPUTS, prepare_inputs, shared_features
+from firsthand.processing.generation import shared_features, shared_inputs
 
 YES, NO = ("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no")
 MASS = ("bread", "broccoli", "corn", "food", "grass", "rice", "sand", "snow", "water")
@@ -57,11 +56,9 @@ def yes_over_no(
     inner: Any = unwrap(model)
     features, found = shared_features(inner), {}
     for noun in dict.fromkeys(nouns):
-        asked = {"image": image, "question": existence_question(noun.lower())}
-        inputs = prepare_inputs(processor, [asked]).to(input_device(inner), inner.dtype)
-        if features is not None and set(inputs) == PLAIN_INPUTS:
-            pixels = inputs.pop("pixel_values")
-            inputs["mm_encoder_outputs"] = features.outputs(["image"], pixels)
+        question = existence_question(noun.lower())
+        asked = {"image_id": "image", "image": image, "question": question}
+        inputs = shared_inputs(inner, processor, [asked], features)
         logits = inner(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1].float()
         odds = [logits[sorted(ids)].logsumexp(0) for ids in (yes, no)]
         found[noun] = float(odds[0] - odds[1])
