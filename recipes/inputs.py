@@ -160,10 +160,31 @@ def keep_skipped(folder: str | Path, skipped: list[dict[str, Any]], total: int) 
         print(f"{len(skipped)} of {total} rows are left out: see skipped.jsonl in {folder}")
 
 
+def open_checkpoint(name: str, **layout: Any) -> tuple[Any, Any]:
+    """A supported model in eval mode and its processor, without running code of the checkpoint.
+
+    Backbones that transformers lacks load with the classes here. `layout` goes to the model's
+    `from_pretrained`: its `device_map`.
+
+    Raises OSError, ValueError or KeyError where it is no checkpoint, or of another family.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from firsthand.modeling.backbones import backbone_classes
+    from firsthand.modeling.families import family_of
+
+    ours = backbone_classes(name)
+    if ours is None:
+        family_of(AutoConfig.from_pretrained(name))
+    loader, processor = ours or (AutoModelForImageTextToText, AutoProcessor)
+    model = loader.from_pretrained(name, dtype="auto", **layout).eval()
+    # without its config, a tokenizer asks whether it may run the checkpoint's code to read one
+    return model, processor.from_pretrained(name, config=model.config)
+
+
 def load_model(name: str | None, place: bool = True) -> tuple[Any, Any]:
     """A supported model in eval mode and its processor; None loads the demo model.
 
-    No code of the checkpoint runs: backbones that transformers lacks load with the classes here.
     Where there are accelerators and `place` is set, `device_map="auto"` lays it out on them;
     trainers, which place it themselves, want it on the CPU.
 
@@ -177,20 +198,9 @@ def load_model(name: str | None, place: bool = True) -> tuple[Any, Any]:
 
         model, processor = load_demo_model()
         return model.to(torch.accelerator.current_accelerator()) if placed else model, processor
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    from firsthand.modeling.backbones import backbone_classes
-    from firsthand.modeling.families import family_of
-
     try:
-        ours = backbone_classes(name)
-        if ours is None:
-            family_of(AutoConfig.from_pretrained(name))
-        loader, processor = ours or (AutoModelForImageTextToText, AutoProcessor)
-        layout = {"device_map": "auto"} if placed else {}
-        model = loader.from_pretrained(name, dtype="auto", **layout).eval()
-        # without its config, a tokenizer asks whether it may run the checkpoint's code to read one
-        return model.requires_grad_(False), processor.from_pretrained(name, config=model.config)
+        model, processor = open_checkpoint(name, **{"device_map": "auto"} if placed else {})
+        return model.requires_grad_(False), processor
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(f"cannot load the model {name!r}: {first}") from None

@@ -58,15 +58,10 @@ def load_engine(name: str, settings: dict[str, Any]) -> Engine:
 
         model, processor = load_demo_model()
         return Engine(model, processor, vector, load_vision_model()[0], bound)
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from firsthand.recipes.inputs import open_checkpoint
 
-    from firsthand.modeling.backbones import backbone_classes
-
-    loader, reader = backbone_classes(name) or (AutoModelForImageTextToText, AutoProcessor)
     device = "cuda" if "SPACES_ZERO_GPU" in os.environ else "auto"
-    model = loader.from_pretrained(name, dtype="auto", device_map=device)
-    processor = reader.from_pretrained(name, config=model.config)
-    return Engine(model.eval(), processor, vector, None, bound)
+    return Engine(*open_checkpoint(name, device_map=device), vector, None, bound)
 
 
 def steering(place: str | None) -> SteeringVector | None:
