@@ -40,6 +40,11 @@ def load_scenes(
     return [{**r, "image": Image.open(BytesIO(r["image"]["bytes"]))} for r in rows]
 
 
+def load_split(split: str, count: int | None, elsewhere: Path | None) -> list[dict[str, Any]]:
+    """`load_scenes` of a committed split, else of one in the folder `elsewhere`."""
+    return load_scenes(split, count, SCENES if (SCENES / split).exists() else elsewhere)
+
+
 def package_photos() -> list[Path]:
     """Photographs inside scikit-image and gradio, of those that are installed."""
     found = []

@@ -68,9 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = demo_model.load_demo_model(adapter=args.adapter)
     found: list[dict[str, Any]] = []
     for split in args.split:
-        committed = (demo_data.SCENES / split).exists()
-        folder = demo_data.SCENES if committed else args.scenes_folder
-        rows = demo_data.load_scenes(split, args.count, folder)
+        rows = demo_data.load_split(split, args.count, args.scenes_folder)
         found += evaluate(model, processor, split, rows, args.seed)
         write_csv(args.out, found)
         results.write_results(args.out.with_suffix(".json"), found)

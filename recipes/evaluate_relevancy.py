@@ -25,7 +25,7 @@ from firsthand.datasets_scripts.scenes import scenes
 from firsthand.metrics import results
 from firsthand.processing.head_statistics import statistics
 from firsthand.processing.masks import decode, frame_of
-from firsthand.recipes.demo_data import SCENES, load_scenes
+from firsthand.recipes.demo_data import load_split
 from firsthand.recipes.demo_measure import LEXICON
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS, write_csv
 from firsthand.recipes.grounded import seen_coverage
@@ -104,8 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(None)
     found: list[Row] = []
     for split in args.split:
-        folder = SCENES if (SCENES / split).exists() else args.scenes_folder
-        rows = load_scenes(split, args.count, folder)
+        rows = load_split(split, args.count, args.scenes_folder)
         words = labelled_words(args.work, model, processor, split, rows, "own")
         protocol = results.protocol(
             [row["id"] for row in rows], prompt=scenes.CAPTION_QUESTION,

@@ -25,7 +25,7 @@ import numpy as np
 from firsthand.datasets_scripts.scenes import scenes
 from firsthand.metrics import results
 from firsthand.processing.warning import SIGNALS, HallucinationWarning, Word, fit
-from firsthand.recipes.demo_data import SCENES, load_scenes
+from firsthand.recipes.demo_data import load_scenes, load_split
 from firsthand.recipes.demo_measure import LEXICON
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS, write_csv
 from firsthand.recipes.explain_warn import warning_file
@@ -154,8 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parts: tuple[tuple[Source, int], ...] = (("own", args.count), ("swapped", args.swapped))
     for source, count in parts:
         for split in args.split:
-            folder = SCENES if (SCENES / split).exists() else args.scenes_folder
-            rows = load_scenes(split, count, folder)
+            rows = load_split(split, count, args.scenes_folder)
             words = labelled_words(args.work, model, processor, split, rows, source, args.seed)
             protocol = results.protocol(
                 [row["id"] for row in rows], prompt=scenes.CAPTION_QUESTION, seed=args.seed,
