@@ -41,7 +41,6 @@ from firsthand.modeling.steering_weights import (
 from firsthand.processing.answered import forced
 from firsthand.processing.contrast_inputs import contrast_settings
 from firsthand.processing.generation import generate_answers, prepare_inputs
-from firsthand.processing.overlays import bars
 from firsthand.processing.steering_pairs import ValsePairs
 from firsthand.recipes import demo_data, demo_measure, demo_model, demo_rows
 from firsthand.recipes.evaluate_demo_model import MAX_NEW_TOKENS, write_csv
@@ -49,6 +48,7 @@ from firsthand.recipes.steer import caption_pairs, conflict_pairs, scene_pairs
 from firsthand.recipes.study import (
     Measured,
     caption_measures,
+    chart,
     differences,
     kept_part,
     measured,
@@ -297,13 +297,13 @@ def chosen_strengths(study: Study, arms: list[str], rows: list[Row]) -> tuple[di
 
 def picture(found: list[Row]) -> str | None:
     """CHAIR_i of every arm on the test splits as SVG; None where no arm names an object."""
-    groups: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for row in found:
-        on_test = row["split"] != "validation" and " - " not in row["arm"]
-        if row["metric"] == "chair_i" and on_test and math.isfinite(row["value"]):
-            ends = (row["value"], row["low"], row["high"])
-            groups.setdefault(row["arm"], {})[row["split"]] = ends
-    return bars(groups, title="CHAIR_i, lower is better") if groups else None
+    rows = [
+        row
+        for row in found
+        if row["metric"] == "chair_i" and row["split"] != "validation" and " - " not in row["arm"]
+        if math.isfinite(row["value"])
+    ]
+    return chart(rows, "{arm}", "{split}", title="CHAIR_i, lower is better") if rows else None
 
 
 def main(argv: list[str] | None = None) -> None:

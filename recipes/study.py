@@ -169,14 +169,22 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def chart(found: list[dict], metrics: Sequence[str]) -> str:
-    """Figures from 0 to 1 of every arm, a block of bars each on each split, as SVG."""
-    groups: dict[str, dict[str, tuple[float, float, float]]] = {}
+def chart(found: list[dict], block: str, bar: str, **settings: Any) -> str:
+    """Result rows as SVG: blocks and the bars in them are named by templates over a row.
+
+    Settings and errors as of `bars`.
+    """
+    blocks: dict[str, dict[str, tuple[float, float, float]]] = {}
     for row in found:
-        if row["metric"] in metrics and not {",", " "} & set(row["arm"]):  # no seed, no difference
-            ends = (row["value"], row["low"], row["high"])
-            groups.setdefault(f"{row['metric']}, {row['split']}", {})[row["arm"]] = ends
-    return bars(groups, maximum=1.0)
+        ends = (row["value"], row["low"], row["high"])
+        blocks.setdefault(block.format(**row), {})[bar.format(**row)] = ends
+    return bars(blocks, **settings)
+
+
+def _drawn(found: list[dict], metrics: Sequence[str]) -> str:
+    """Figures from 0 to 1 of every arm, not of seeds or differences."""
+    rows = [r for r in found if r["metric"] in metrics and not {",", " "} & set(r["arm"])]
+    return chart(rows, "{metric}, {split}", "{arm}", maximum=1.0)
 
 
 @torch.no_grad()
@@ -215,7 +223,7 @@ def run(
         write_csv(args.out, found)
         results.write_results(args.out.with_suffix(".json"), found)
         if drawn:
-            args.out.with_suffix(".svg").write_text(chart(found, drawn), "utf-8")
+            args.out.with_suffix(".svg").write_text(_drawn(found, drawn), "utf-8")
     print(results.table([r for r in found if "seed" not in r["arm"]]))
 
 
