@@ -17,22 +17,24 @@ def add(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("explain", help="where an answer came from")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     tokens = kinds.add_parser("tokens", help="a heatmap for every word of the answer")
-    common_model(tokens)
-    tokens.add_argument("--image", required=True)
-    tokens.add_argument("--question", default="Describe the image.")
-    tokens.add_argument("--answer", help="explain this answer instead of the model's own")
+    _one_answer(tokens, "explain")
     tokens.add_argument("--out", default="firsthand-explanation", help="folder for maps and figure")
     tokens.set_defaults(module="explain_tokens")
     for add in (_explain_warn, _explain_heads, _explain_head, _explain_logits):
         add(kinds)
 
 
+def _one_answer(parser: argparse.ArgumentParser, does: str) -> None:
+    """Adds the model, an image, what is asked of it, and the answer that a verb `does` read."""
+    common_model(parser)
+    parser.add_argument("--image", required=True)
+    parser.add_argument("--question", default="Describe the image.")
+    parser.add_argument("--answer", help=f"{does} this answer instead of the model's own")
+
+
 def _explain_warn(kinds: argparse._SubParsersAction) -> None:
     warn = kinds.add_parser("warn", help="the chance that each object word is made up")
-    common_model(warn)
-    warn.add_argument("--image", required=True)
-    warn.add_argument("--question", default="Describe the image.")
-    warn.add_argument("--answer", help="judge this answer instead of the model's own")
+    _one_answer(warn, "judge")
     warn.add_argument("--warning", help="what fit_warning wrote; the demo model's if absent")
     warn.add_argument("--max-new-tokens", type=int, default=64, help="of the model's own answer")
     warn.add_argument("--out", default="firsthand-warning", help="folder for page and numbers")
@@ -60,12 +62,9 @@ def _grounded_data(parser: argparse.ArgumentParser) -> None:
 
 def _explain_head(kinds: argparse._SubParsersAction) -> None:
     head = kinds.add_parser("head", help="one attention head's view for every token")
-    common_model(head)
     head.add_argument("--layer", type=int, required=True)
     head.add_argument("--head", type=int, required=True)
-    head.add_argument("--image", required=True)
-    head.add_argument("--question", default="Describe the image.")
-    head.add_argument("--answer", help="read this answer instead of the model's own")
+    _one_answer(head, "read")
     head.add_argument("--max-new-tokens", type=int, default=64, help="of the model's own answer")
     head.add_argument("--out", default="firsthand-head", help="folder for numbers and overlays")
     head.set_defaults(module="explain_heads")
